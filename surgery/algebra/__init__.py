@@ -1,0 +1,1 @@
+"""Sizes, expressions, operators and rewriting: everything a method's equation is made of."""

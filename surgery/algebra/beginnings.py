@@ -1,0 +1,87 @@
+"""How parameters begin: the distributions, and one random stream for each parameter.
+
+A stream is seeded by (seed, adapter, site, name) and drawn in float32 on the CPU, then rounded: the
+same on every device and rank, in any order, and for any dtype up to rounding. The global
+generators are not touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Distribution:
+    """A row: the arguments with their defaults, and how a tensor is filled.
+
+    `fill(tensor, generator, **arguments)` works in place on float32; fan-in is the number of
+    elements of one slice of the first axis, as torch counts it.
+    """
+
+    arguments: Mapping[str, float]
+    fill: Callable[..., Tensor]
+
+
+def _fan_in(tensor: Tensor) -> int:
+    return max(1, tensor.numel() // tensor.shape[0])
+
+
+def _uniform(t: Tensor, generator: torch.Generator, low: float, high: float) -> Tensor:
+    return t.uniform_(low, high, generator=generator)
+
+
+def _normal(t: Tensor, generator: torch.Generator, mean: float, std: float) -> Tensor:
+    return t.normal_(mean, std, generator=generator)
+
+
+def _kaiming_uniform(t: Tensor, generator: torch.Generator, a: float) -> Tensor:
+    bound = math.sqrt(6 / ((1 + a * a) * _fan_in(t)))
+    return t.uniform_(-bound, bound, generator=generator)
+
+
+def _kaiming_normal(t: Tensor, generator: torch.Generator, a: float) -> Tensor:
+    return t.normal_(0, math.sqrt(2 / ((1 + a * a) * _fan_in(t))), generator=generator)
+
+
+def _xavier_uniform(t: Tensor, generator: torch.Generator, gain: float) -> Tensor:
+    bound = gain * math.sqrt(6 / (_fan_in(t) + t.shape[0]))
+    return t.uniform_(-bound, bound, generator=generator)
+
+
+def _xavier_normal(t: Tensor, generator: torch.Generator, gain: float) -> Tensor:
+    return t.normal_(0, gain * math.sqrt(2 / (_fan_in(t) + t.shape[0])), generator=generator)
+
+
+# Names and arguments are torch.nn.init's.
+DISTRIBUTIONS: Mapping[str, Distribution] = {
+    "uniform": Distribution({"low": 0.0, "high": 1.0}, _uniform),
+    "normal": Distribution({"mean": 0.0, "std": 1.0}, _normal),
+    "kaiming_uniform": Distribution({"a": 0.0}, _kaiming_uniform),
+    "kaiming_normal": Distribution({"a": 0.0}, _kaiming_normal),
+    "xavier_uniform": Distribution({"gain": 1.0}, _xavier_uniform),
+    "xavier_normal": Distribution({"gain": 1.0}, _xavier_normal),
+}
+
+
+def stream(*names: str | int) -> torch.Generator:
+    """The generator of one parameter, seeded by all that names it."""
+    digest = hashlib.blake2b("\0".join(map(str, names)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def draw(
+    distribution: str,
+    arguments: Mapping[str, float],
+    shape: tuple[int, ...],
+    generator: torch.Generator,
+) -> Tensor:
+    """A tensor of `shape` in float32 on the CPU. KeyError for an unknown distribution."""
+    row = DISTRIBUTIONS[distribution]
+    values = {name: arguments.get(name, default) for name, default in row.arguments.items()}
+    return row.fill(torch.empty(shape, dtype=torch.float32), generator, **values)

@@ -1,0 +1,240 @@
+"""What follows from a method's equations: the merged weight and bias, and the way back.
+
+Equations between activations that are affine in x become a merged weight and bias; W' is solved for
+W by undoing one operator after another, and what is in the way and small becomes a witness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from surgery.algebra.elaborate import Equations
+from surgery.algebra.expr import (
+    BIAS,
+    IN,
+    INPUT,
+    MERGED,
+    OUTPUT,
+    WEIGHT,
+    Expr,
+    depends_on,
+    node,
+    render,
+    walk,
+    zeros,
+)
+from surgery.algebra.ops import OPS
+from surgery.algebra.rules import make, substitute
+
+MergeClass = Literal["exact", "algebraic", "witness", "snapshot", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """The merged weight [out, in] and bias [out] as expressions over W, b and the parameters."""
+
+    weight: Expr
+    bias: Expr
+
+
+@dataclass(frozen=True, slots=True)
+class Inverse:
+    """W as an expression over W' (`merged`), the parameters and the witnesses.
+
+    weight: None where there is no way back but the base itself.
+    witnesses: name and expression of what a merge must keep, each at most a vector.
+    """
+
+    weight: Expr | None
+    witnesses: tuple[tuple[str, Expr], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Derived:
+    """All that is derived from one method at one shape of site.
+
+    merged: None where the equation is not affine in x; `reason` says why.
+    still: the same with all randomness at its expectation; what a merge evaluates.
+    """
+
+    equations: Equations
+    merged: Merged | None
+    still: Merged | None
+    inverse: Inverse
+    reason: str = ""
+
+    @property
+    def merge_class(self) -> MergeClass:
+        """How a merge can be taken back without the base: `none` if there is no merge."""
+        if self.still is None:
+            return "none"
+        if self.still.weight is WEIGHT:
+            return "exact"
+        if self.inverse.weight is None:
+            return "snapshot"
+        return "witness" if self.inverse.witnesses else "algebraic"
+
+
+@lru_cache(maxsize=512)
+def derive(equations: Equations, has_bias: bool) -> Derived:
+    """Everything that follows from the equations at a site with or without a bias."""
+    absent: Mapping[Expr, Expr] = {} if has_bias else {BIAS: zeros(BIAS.shape)}
+    try:
+        merged = _merged(equations)
+    except _NotAffine as obstacle:
+        return Derived(equations, None, None, Inverse(None), str(obstacle))
+    merged = _replaced(merged, absent)
+    still = _replaced(merged, {d: make("eye", size=d.shape[0]) for d in _drops(merged)})
+    return Derived(equations, merged, still, invert(still.weight))
+
+
+def _replaced(merged: Merged, replacements: Mapping[Expr, Expr]) -> Merged:
+    return Merged(
+        substitute(merged.weight, dict(replacements)), substitute(merged.bias, dict(replacements))
+    )
+
+
+def _drops(merged: Merged) -> set[Expr]:
+    return {e for e in (*walk(merged.weight), *walk(merged.bias)) if e.op == "drop"}
+
+
+# --------------------------------------------------------------------------- affine activations
+
+
+class _NotAffine(Exception):
+    """The output is not affine in x; the message is the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Affine:
+    """x ↦ matrix @ x + constant."""
+
+    matrix: Expr
+    constant: Expr
+
+
+def _merged(equations: Equations) -> Merged:
+    weight = equations.weight or WEIGHT
+    bias = equations.bias or BIAS
+    identity = _Affine(make("eye", size=IN), zeros((IN,)))
+    inner = identity
+    if equations.input is not None:
+        inner = _affine(equations.input, identity, identity)
+    site = _through(weight, bias, inner)
+    if equations.output is not None:
+        site = _affine(equations.output, inner, site)
+    return Merged(site.matrix, site.constant)
+
+
+def _through(weight: Expr, bias: Expr, inner: _Affine) -> _Affine:
+    matrix = _times(weight, inner.matrix)
+    return _Affine(matrix, make("add", make("matmul", weight, inner.constant), bias))
+
+
+def _times(weight: Expr, matrix: Expr) -> Expr:
+    if matrix.op == "diag":  # a @ diag(v) = a scaled by columns
+        return make("scale_cols", matrix.args[0], weight)
+    return make("matmul", weight, matrix)
+
+
+def _affine(expr: Expr, x: _Affine, y: _Affine) -> _Affine:
+    """An activation as an affine map of x, row vectors in and out. Raises _NotAffine."""
+    if expr is INPUT:
+        return x
+    if expr is OUTPUT:
+        return y
+    if not expr.is_activation:
+        raise _NotAffine(f"{render(expr)} does not vary with x")
+    match expr.op:
+        case "add" | "sub":
+            a, b = (_affine(e, x, y) for e in expr.args)
+            return _Affine(
+                make(expr.op, a.matrix, b.matrix), make(expr.op, a.constant, b.constant)
+            )
+        case "neg":
+            a = _affine(expr.args[0], x, y)
+            return _Affine(make("neg", a.matrix), make("neg", a.constant))
+        case "scale":
+            return _scaled(expr.args[0], _affine(expr.args[1], x, y))
+        case "mul" | "div":
+            return _multiplied(expr, x, y)
+        case "matmul":
+            a, m = _affine(expr.args[0], x, y), make("transpose", expr.args[1])
+            return _Affine(_times(m, a.matrix), make("matmul", m, a.constant))
+        case _:
+            raise _NotAffine(f"{render(expr)} is not linear in x")
+
+
+def _scaled(factors: Expr, a: _Affine) -> _Affine:
+    constant = make("mul", factors, a.constant)
+    if a.matrix.op == "eye":
+        return _Affine(make("diag", factors), constant)
+    return _Affine(make("scale_rows", factors, a.matrix), constant)
+
+
+def _multiplied(expr: Expr, x: _Affine, y: _Affine) -> _Affine:
+    left, right = expr.args
+    if expr.op == "div" and right.is_scalar:
+        a = _affine(left, x, y)
+        return _Affine(make("div", a.matrix, right), make("div", a.constant, right))
+    if expr.op == "mul" and (left.is_scalar or right.is_scalar):
+        factor, act = (left, right) if left.is_scalar else (right, left)
+        a = _affine(act, x, y)
+        return _Affine(make("mul", factor, a.matrix), make("mul", factor, a.constant))
+    raise _NotAffine(f"{render(expr)} is not linear in x")
+
+
+# --------------------------------------------------------------------------------- the way back
+
+
+def invert(weight: Expr) -> Inverse:
+    """W from W' = `weight`: operators undone one by one, from the outside in."""
+    if weight is WEIGHT:
+        return Inverse(MERGED)
+    witnesses: dict[Expr, Expr] = {}
+    target: Expr | None = MERGED
+    expr = weight
+    while expr is not WEIGHT:
+        step = _step(expr)
+        if step is None:
+            return Inverse(None)
+        index, beside = step
+        undo = OPS[expr.op].undo
+        assert undo is not None
+        for part in beside:
+            witnesses[part] = _witness(len(witnesses), part)
+        target = undo(make, substitute(expr, _only_beside(expr, index, witnesses)), index, target)
+        if target is None:
+            return Inverse(None)
+        expr = expr.args[index]
+    return Inverse(target, tuple((w.text("name"), part) for part, w in witnesses.items()))
+
+
+def _step(expr: Expr) -> tuple[int, tuple[Expr, ...]] | None:
+    """Which argument leads to W, and what beside it depends on W and must be kept."""
+    if OPS[expr.op].undo is None:
+        return None
+    through = [i for i, a in enumerate(expr.args) if depends_on(a, WEIGHT)]
+    # The way is the argument that is a matrix; whatever else depends on W must be small.
+    ways = [i for i in through if len(expr.args[i].shape) > 1]
+    if len(ways) != 1:
+        return None
+    beside = tuple(expr.args[i] for i in through if i != ways[0])
+    return ways[0], beside
+
+
+def _only_beside(expr: Expr, index: int, witnesses: Mapping[Expr, Expr]) -> dict[Expr, Expr]:
+    others = {a for i, a in enumerate(expr.args) if i != index}
+    return {part: witness for part, witness in witnesses.items() if part in others}
+
+
+def _witness(number: int, part: Expr) -> Expr:
+    return node("witness", (), part.shape, (("name", f"witness{number}"),))
+
+
+def parameters_in(expr: Expr) -> frozenset[str]:
+    """The names of the parameters that an expression reads."""
+    return frozenset(e.text("name") for e in walk(expr) if e.op == "parameter")

@@ -1,0 +1,152 @@
+"""The one node of the algebra: an operator, its arguments and constants, and a symbolic shape.
+
+Nodes are interned: equal expressions are the same object, so equality is identity, sharing is
+kept, and a walk with a memo is linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Final
+from weakref import WeakValueDictionary
+
+from surgery.algebra.axes import Scalar, Size, size, symbol
+
+Shape = tuple[Size, ...]
+Attribute = str | int | float | bool | Size | None | tuple["Attribute", ...]
+
+TOKENS: Final = symbol("tokens")  # the leading axes of an activation, however many
+IN: Final = symbol("in")
+OUT: Final = symbol("out")
+CHANNELS: Final = symbol("channels")
+
+
+@dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
+class Expr:
+    """`op(args; attrs)` of some shape. Made by `node`, never directly."""
+
+    op: str
+    args: tuple[Expr, ...]
+    attrs: tuple[tuple[str, Attribute], ...]
+    shape: Shape = field(repr=False)
+
+    def attr(self, name: str) -> Attribute:
+        """A constant by name; KeyError if it has none of that name."""
+        return dict(self.attrs)[name]
+
+    def text(self, name: str) -> str:
+        """A constant that is a text."""
+        value = self.attr(name)
+        assert isinstance(value, str)
+        return value
+
+    @property
+    def is_scalar(self) -> bool:
+        """Whether it has no axes."""
+        return not self.shape
+
+    @property
+    def is_activation(self) -> bool:
+        """Whether it varies from token to token."""
+        return bool(self.shape) and self.shape[0] == TOKENS
+
+    def __reduce__(self) -> tuple[Callable[..., Expr], tuple[object, ...]]:
+        return node, (self.op, self.args, self.shape, self.attrs)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Expr:
+        return self  # interned and immutable
+
+
+_INTERNED: WeakValueDictionary[tuple[object, ...], Expr] = WeakValueDictionary()
+
+
+def node(
+    op: str,
+    args: tuple[Expr, ...],
+    shape: Shape,
+    attrs: tuple[tuple[str, Attribute], ...] = (),
+) -> Expr:
+    """The expression of these parts; the same object for the same parts."""
+    key = (op, args, attrs, shape)
+    found = _INTERNED.get(key)
+    if found is None:
+        found = Expr(op, args, attrs, shape)
+        _INTERNED[key] = found
+    return found
+
+
+def number(value: Scalar) -> Expr:
+    """A scalar constant."""
+    return node("number", (), (), (("value", size(value)),))
+
+
+def zeros(shape: Shape) -> Expr:
+    """A tensor of zeros; what an absent bias is."""
+    return node("zeros", (), shape)
+
+
+def parameter(name: str, shape: Shape) -> Expr:
+    """A parameter of the method."""
+    return node("parameter", (), shape, (("name", name),))
+
+
+WEIGHT: Final = node("weight", (), (OUT, IN))
+BIAS: Final = node("bias", (), (OUT,))
+INPUT: Final = node("x", (), (TOKENS, IN))
+OUTPUT: Final = node("y", (), (TOKENS, OUT))
+MERGED: Final = node("merged", (), (OUT, IN))  # W', as the inverse sees it
+
+
+def walk(root: Expr) -> Iterator[Expr]:
+    """Every node below and including `root`, once each, arguments first."""
+    seen: set[Expr] = set()
+    stack: list[tuple[Expr, bool]] = [(root, False)]
+    while stack:
+        expr, ready = stack.pop()
+        if ready:
+            yield expr
+        elif expr not in seen:
+            seen.add(expr)
+            stack.append((expr, True))
+            stack.extend((a, False) for a in reversed(expr.args))
+
+
+def depends_on(root: Expr, leaf: Expr) -> bool:
+    """Whether `leaf` occurs in `root`."""
+    return any(e is leaf for e in walk(root))
+
+
+def render(expr: Expr) -> str:
+    """The expression as text, in the notation of methods."""
+    infix = {"add": "+", "sub": "-", "mul": "*", "div": "/", "matmul": "@"}
+    match expr.op:
+        case "number":
+            return str(expr.attr("value"))
+        case "parameter" | "witness":
+            return expr.text("name")
+        case "weight":
+            return "W"
+        case "bias":
+            return "b"
+        case "merged":
+            return "W'"
+        case "x" | "y":
+            return expr.op
+        case op if op in infix:
+            left, right = (_operand(a) for a in expr.args)
+            return f"{left} {infix[op]} {right}"
+        case "neg":
+            return f"-{_operand(expr.args[0])}"
+        case _:
+            constants = [f"{n}={_constant(v)}" for n, v in expr.attrs]
+            return f"{expr.op}({', '.join([*map(render, expr.args), *constants])})"
+
+
+def _operand(expr: Expr) -> str:
+    text = render(expr)
+    return f"({text})" if expr.op in ("add", "sub", "mul", "div", "matmul", "neg") else text
+
+
+def _constant(value: Attribute) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value)

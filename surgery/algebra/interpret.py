@@ -1,0 +1,303 @@
+"""The one interpreter. Over tensors it gives the merge and the reference; over proxies, the graph.
+
+What a site offers comes in as a `Port`; the rest is the operator table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from surgery.algebra.axes import Scalar, evaluate
+from surgery.algebra.cost import apply_cost, cheapest, numbers, value_cost
+from surgery.algebra.derive import Derived
+from surgery.algebra.expr import BIAS, INPUT, OUT, OUTPUT, WEIGHT, Expr, number, walk
+from surgery.algebra.ops import OPS, Facts, Vector
+from surgery.algebra.rules import constant, is_zero, make
+
+
+class Unlowerable(Exception):
+    """An equation that cannot run at a site of this kind; the message is the reason."""
+
+
+class Port(Protocol):
+    """What a site offers to an equation. Outputs have their features last."""
+
+    form: Literal["features", "patches", "indices"]
+    groups: int
+
+    def base(self, x: Tensor, changed: bool) -> Tensor:
+        """The site's own layer on x; `changed` says that x is not as it came."""
+        ...
+
+    def apply(self, matrix: Tensor, x: Tensor, whole: bool) -> Tensor:
+        """A matrix [k, in] on the input; [..., groups, k] where grouped and not whole."""
+        ...
+
+    def features(self, x: Tensor) -> Tensor:
+        """The input as features, in the dtype of the parameters."""
+        ...
+
+    def scale_channels(self, x: Tensor, factors: Tensor) -> Tensor:
+        """Patches times a factor a channel."""
+        ...
+
+    def training(self) -> bool:
+        """Whether the site is in training mode."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """Where values come from: sizes, leaves, and a tensor to make constants like."""
+
+    names: Mapping[str, int | float]
+    leaf: Callable[[Expr], Tensor]
+    anchor: Callable[[], Tensor]
+
+
+_LEAVES = frozenset({"parameter", "weight", "bias", "merged", "witness"})
+
+
+class Evaluator:
+    """Dense values, each computed once, in the cheapest order."""
+
+    def __init__(self, domain: Domain) -> None:
+        self.domain = domain
+        self._values: dict[Expr, Tensor] = {}
+        self._cost = value_cost(domain.names)
+
+    def value(self, expr: Expr) -> Tensor:
+        """The value of an expression without activations."""
+        return self._value(cheapest(expr, self._cost))
+
+    def _value(self, expr: Expr) -> Tensor:
+        if expr not in self._values:
+            self._values[expr] = self._compute(expr)
+        return self._values[expr]
+
+    def _compute(self, expr: Expr) -> Tensor:
+        if expr.op in _LEAVES:
+            return self.domain.leaf(expr)
+        if expr.op == "number":
+            # A Python number takes part in arithmetic as a tensor would, and keeps the dtype.
+            return cast(Tensor, evaluate(constant(expr), self.domain.names))
+        arguments = [self._value(a) for a in expr.args]
+        return OPS[expr.op].value(self.facts(expr), *arguments)
+
+    def facts(self, expr: Expr) -> Facts:
+        """The sizes and constants of an expression."""
+        names = self.domain.names
+
+        def plain(value: Scalar) -> int | float:
+            return evaluate(value, names)
+
+        needs_anchor = not expr.args
+        return Facts(
+            numbers(expr, names),
+            tuple(numbers(a, names) for a in expr.args),
+            dict(expr.attrs),
+            self.domain.anchor() if needs_anchor else cast(Tensor, None),
+            plain,
+        )
+
+
+class Interpreter(Evaluator):
+    """Applies matrices to vectors at a port, structure by structure; see `ops.Applier`."""
+
+    def __init__(self, domain: Domain, port: Port, has_bias: bool) -> None:
+        super().__init__(domain)
+        self.port = port
+        self.has_bias = has_bias
+        self._applied: dict[tuple[Expr, Vector], Vector] = {}
+
+    def run(self, derived: Derived, x: Tensor) -> Tensor:
+        """The adapted output for an input, features last. Raises Unlowerable."""
+        vector = Vector(x, raw=True)
+        if derived.merged is None:
+            return self._activation_equations(derived, vector)
+        weight = cheapest(derived.merged.weight, apply_cost(self.domain.names))
+        applied = self._plain(self.apply(weight, vector))
+        offset = derived.merged.bias
+        if applied.offset is not None:
+            offset = make("add", applied.offset, offset)
+        return self._settled(replace(applied, offset=offset)).tensor
+
+    # ------------------------------------------------------------------------------- apply
+
+    def value(self, expr: Expr) -> Tensor:
+        """The dense value; refused where it would silently leave out randomness."""
+        if any(e.op == "drop" for e in walk(expr)):
+            raise Unlowerable("drop(p) stands where no vector passes it at this kind of site")
+        return super().value(expr)
+
+    def apply(self, expr: Expr, v: Vector) -> Vector:
+        """The matrix `expr` by v, through its structure where it has one, else densely."""
+        key = (expr, v)
+        if key not in self._applied:
+            self._applied[key] = self._structured(expr, v) or self._dense(expr, v)
+        return self._applied[key]
+
+    def _structured(self, expr: Expr, v: Vector) -> Vector | None:
+        if expr is WEIGHT:
+            return self.base(v)
+        rule = OPS[expr.op].apply if expr.op in OPS else None
+        return rule(self, expr, v) if rule else None
+
+    def _dense(self, expr: Expr, v: Vector) -> Vector:
+        matrix = self.value(expr)
+        whole = expr.shape[0] == OUT
+        if v.raw:
+            y = self.port.apply(matrix, v.tensor, whole)
+            split = self.port.groups > 1 and not whole
+            return Vector(y if v.factor is None else y * v.factor, grouped=split)
+        offset = self._moved(expr, v.offset)
+        if v.grouped and whole:
+            return Vector(_rows_by_group(matrix, v.tensor, self.port.groups), offset=offset)
+        return replace(v, tensor=F.linear(v.tensor, matrix), offset=offset)
+
+    def _moved(self, expr: Expr, offset: Expr | None) -> Expr | None:
+        return None if offset is None else make("matmul", expr, offset)
+
+    def base(self, v: Vector) -> Vector | None:
+        """W by v, by the site's own layer; what it adds as a bias is still to be taken off."""
+        if not v.raw and self.port.form != "features":
+            return None
+        v = self._settled(v)
+        y = self.port.base(v.tensor, changed=v.changed or not v.raw)
+        if v.factor is not None:
+            y = y * v.factor
+        return Vector(y, offset=make("neg", BIAS) if self.has_bias else None)
+
+    def features(self, v: Vector) -> Vector | None:
+        """v with its features last; None for an input that only a whole matrix can read."""
+        if not v.raw:
+            return v
+        if self.port.form != "features":
+            return None
+        return Vector(self.port.features(v.tensor))
+
+    def scale(self, factors: Expr, v: Vector) -> Vector | None:
+        """Each element of v by its factor."""
+        features = self.features(v)
+        if features is not None:
+            offset = None if v.offset is None else make("mul", factors, v.offset)
+            return replace(features, tensor=features.tensor * self.value(factors), offset=offset)
+        if self.port.form == "indices":
+            picked = F.embedding(v.tensor, self.value(factors).unsqueeze(-1))
+            return replace(v, factor=picked if v.factor is None else v.factor * picked)
+        if factors.op != "channelwise":
+            return None
+        scaled = self.port.scale_channels(v.tensor, self.value(factors.args[0]))
+        return replace(v, tensor=scaled, changed=True)
+
+    def drop(self, probability: float, v: Vector) -> Vector:
+        """Dropout of the elements of v; of whole one-hot vectors where v is an index."""
+        v = self._settled(v)
+        if not v.raw or self.port.form != "indices":
+            v = self.features(v) or v
+            return replace(v, tensor=F.dropout(v.tensor, probability, self.port.training()))
+        ones = self.domain.anchor().new_ones(()).expand_as(v.tensor).unsqueeze(-1)
+        kept = F.dropout(ones, probability, self.port.training())
+        return replace(v, factor=kept if v.factor is None else v.factor * kept)
+
+    def multiply(self, factor: Expr, v: Vector) -> Vector:
+        """v by a number."""
+        v = self._plain(v)
+        offset = None if v.offset is None else make("mul", factor, v.offset)
+        negative = factor.op == "number" and constant(factor) == constant(number(-1))
+        tensor = -v.tensor if negative else v.tensor * self.value(factor)
+        return replace(v, tensor=tensor, offset=offset)
+
+    def add(self, left: Vector, right: Vector, alpha: int) -> Vector:
+        """left ± right."""
+        left, right = self._plain(left), self._plain(right)
+        tensor = left.tensor + right.tensor if alpha > 0 else left.tensor - right.tensor
+        offset = left.offset
+        if right.offset is not None:
+            op = "add" if alpha > 0 else "sub"
+            if offset is not None:
+                offset = make(op, offset, right.offset)
+            else:
+                offset = right.offset if alpha > 0 else make("neg", right.offset)
+        return replace(left, tensor=tensor, offset=offset)
+
+    def mapped(
+        self, expr: Expr, v: Vector, function: Callable[[Tensor], Tensor]
+    ) -> Vector | None:
+        """A function that is the matrix `expr` on features."""
+        features = self.features(v)
+        if features is None or (features.grouped and expr.shape[0] == OUT):
+            return None
+        tensor = function(features.tensor)
+        return replace(features, tensor=tensor, offset=self._moved(expr, v.offset))
+
+    def _settled(self, v: Vector) -> Vector:
+        if v.offset is None or is_zero(v.offset):
+            return replace(v, offset=None)
+        return replace(v, tensor=v.tensor + self.value(v.offset), offset=None)
+
+    def _plain(self, v: Vector) -> Vector:
+        """v as features, at the price of an identity matrix where the input is restricted."""
+        if not v.raw:
+            return v
+        return self.features(v) or self._dense(make("eye", size=WEIGHT.shape[1]), v)
+
+    # ------------------------------------------------------------------ activation equations
+
+    def _activation_equations(self, derived: Derived, x: Vector) -> Tensor:
+        equations = derived.equations
+        weight, bias = equations.weight or WEIGHT, equations.bias or BIAS
+        known: dict[Expr, Vector] = {INPUT: x}
+        if equations.input is not None:
+            known[INPUT] = self._activation(equations.input, known)
+        site = self._plain(self.apply(weight, known[INPUT]))
+        offset = bias if self.has_bias or bias is not BIAS else None
+        if site.offset is not None:
+            offset = site.offset if offset is None else make("add", site.offset, offset)
+        known[OUTPUT] = self._settled(replace(site, offset=offset))
+        if equations.output is None:
+            return known[OUTPUT].tensor
+        return self._activation(equations.output, known).tensor
+
+    def _activation(self, expr: Expr, known: dict[Expr, Vector]) -> Vector:
+        if expr not in known:
+            known[expr] = self._act(expr, known)
+        return known[expr]
+
+    def _act(self, expr: Expr, known: dict[Expr, Vector]) -> Vector:
+        match expr.op:
+            case "matmul":
+                matrix = make("transpose", expr.args[1])
+                return self._settled(self.apply(matrix, self._activation(expr.args[0], known)))
+            case "scale":
+                scaled = self.scale(expr.args[0], self._activation(expr.args[1], known))
+                if scaled is None:
+                    raise Unlowerable("x is read in patches here, and cannot be scaled by element")
+                return scaled
+            case _:
+                arguments = [self._operand(a, known) for a in expr.args]
+                return Vector(OPS[expr.op].value(self.facts(expr), *arguments))
+
+    def _operand(self, expr: Expr, known: dict[Expr, Vector]) -> Tensor:
+        if not expr.is_activation:
+            return self.value(expr)
+        features = self.features(self._activation(expr, known))
+        if features is None:
+            raise Unlowerable(
+                "x is not a vector of features here; multiply it by a matrix before anything else"
+            )
+        if features.grouped:
+            raise Unlowerable("x is read group by group here, and only a matrix joins the groups")
+        return features.tensor
+
+
+def _rows_by_group(matrix: Tensor, x: Tensor, groups: int) -> Tensor:
+    """Each group's rows of a matrix [out, k] by that group's vector; x is [..., groups, k]."""
+    rows = matrix.unflatten(0, (groups, -1)).transpose(-1, -2)  # [groups, k, out / groups]
+    return torch.matmul(x.unsqueeze(-2), rows).flatten(-3)

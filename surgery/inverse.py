@@ -1,0 +1,277 @@
+"""Merge, unmerge and unload: the adapter into the weights, out of them, and off the model.
+
+A merge evaluates the very equation that the forward runs, in float64, and rounds once. It never
+writes into a base tensor: the exact undo gives the same tensors back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from surgery.algebra.derive import Merged
+from surgery.algebra.expr import WEIGHT, Expr
+from surgery.algebra.interpret import Domain, Evaluator
+from surgery.algebra.rules import is_zero
+from surgery.errors import Report, refuse
+from surgery.lower import SHARED, bank_names, key_of
+from surgery.model import storage
+from surgery.model.hooked import execution_device, release
+from surgery.mount import (
+    dismount,
+    mount,
+    parameter_of,
+    remove_parameters,
+    set_requires_grad,
+)
+from surgery.plan import Plan, PlannedSite
+from surgery.model.holder import children_of, holder_of
+from surgery.state import MergedSite, State, Undo, forget_state, require_state
+
+
+@dataclass(frozen=True, slots=True)
+class Inverse:
+    """The way back from an adapted model."""
+
+    model: nn.Module
+
+    def merge(self, *, undo: Undo = "exact") -> None:
+        """Put the live adapter into the weights, so that the base's own forward computes it.
+
+        undo: `exact` keeps the base's tensors, and `unmerge` gives the same ones back; `algebraic`
+            keeps at most a vector a site, and `unmerge` recomputes W; `none` keeps nothing.
+        Raises StateError, with nothing changed: E402 if merged already, E403 where an equation has
+        no merged weight, E404 on meta, E405 where an undo cannot be had.
+        """
+        state = require_state(self.model)
+        sites = _live_sites(state)
+        _check_merge(state, sites, undo)
+        done: dict[str, MergedSite] = {}
+        try:
+            for site in sites:
+                done[site.path] = _merge_site(site, self._tensors(state, site), undo)
+        except BaseException:
+            for merged in done.values():
+                _put_back(merged)
+            raise
+        state.merged, state.is_merged, state.undo = done, True, undo
+        for site in sites:
+            dismount(site.site.module)
+
+    def unmerge(self) -> None:
+        """Take the adapter out of the weights again; the forward runs it as before.
+
+        Raises StateError: E406 if nothing is merged, E407 if the merge kept nothing, E408 where
+        arithmetic does not lead back.
+        """
+        state = require_state(self.model)
+        _check_unmerge(state)
+        sites = _live_sites(state)
+        if state.undo == "algebraic":
+            self._undo_by_arithmetic(state)
+        for merged in state.merged.values():
+            _put_back(merged)
+        state.merged, state.is_merged = {}, False
+        for site in sites:
+            mount(site.site.module, key_of(_plan(state, site), site.form, site.adapter))
+
+    def unload(self, *, keep_merge: bool = False) -> nn.Module:
+        """Take every adapter off the model, from any state; the base is as it was, to the bit.
+
+        keep_merge: leave merged weights merged, for a plain model that computes the adapted one.
+        Raises StateError as `unmerge` does, E409 if `keep_merge` and nothing is merged.
+        """
+        state = require_state(self.model)
+        if keep_merge and not state.is_merged:
+            refuse("E409", "nothing is merged that could be kept", hint="call merge() first")
+        if state.is_merged and not keep_merge:
+            self.unmerge()
+        for adapter in state.adapters.values():
+            for site in adapter.sites:
+                dismount(site.site.module)
+                remove_parameters(site.site.module, adapter.name)
+            remove_parameters(self.model, adapter.name)  # what its sites shared
+        set_requires_grad(self.model, state.flags)
+        release(self.model)
+        forget_state(self.model)
+        return self.model
+
+    def _undo_by_arithmetic(self, state: State) -> None:
+        solved: list[tuple[PlannedSite, Tensor]] = []
+        for merged in state.merged.values():
+            inverse = merged.site.form.derived.inverse.weight
+            if inverse is None or inverse.op == "merged":
+                continue
+            tensors = _Tensors(merged.site, self._tensors(state, merged.site), merged.witnesses)
+            weight = tensors.evaluate(inverse)
+            if not bool(torch.isfinite(weight).all()):
+                refuse(
+                    "E408",
+                    f"`{merged.site.path}`: arithmetic does not lead back from the merged weight",
+                    hint="a factor is zero or a matrix singular; merge with undo='exact'",
+                )
+            solved.append((merged.site, weight))
+        for site, weight in solved:
+            storage.write(site.site.module, site.form.kind, weight.to(site.form.base_dtype))
+
+    def _tensors(self, state: State, site: PlannedSite) -> Mapping[str, Tensor]:
+        return parameters_at(self.model, _plan(state, site), site)
+
+
+def parameters_at(model: nn.Module, plan: Plan, site: PlannedSite) -> dict[str, Tensor]:
+    """The parameters of a site, shared ones cut to what it uses."""
+    names = bank_names(plan)
+    found: dict[str, Tensor] = {}
+    for p in site.form.parameters:
+        if not p.shared:
+            found[p.name] = parameter_of(site.site.module, site.adapter, p.name)
+            continue
+        key = (site.adapter, site.form.method.name, site.form.arguments, p.name)
+        value = shared_parameter(model, site.adapter, names[key][0], p.name)
+        for axis, length in enumerate(site.form.shapes[p.name]):
+            value = value.narrow(axis, 0, length)
+        found[p.name] = value
+    return found
+
+
+def shared_parameter(model: nn.Module, adapter: str, group: str, name: str) -> Tensor:
+    """A parameter that is kept once, on the root."""
+    at: nn.Module | None = holder_of(model)
+    for part in (adapter, SHARED, group):
+        at = None if at is None else children_of(at).get(part)
+    assert at is not None
+    return vars(at)["_parameters"][name]
+
+
+def _plan(state: State, site: PlannedSite) -> Plan:
+    return state.adapters[site.adapter].plan
+
+
+def _live_sites(state: State) -> tuple[PlannedSite, ...]:
+    return () if state.live is None else tuple(state.adapters[state.live].sites)
+
+
+# ------------------------------------------------------------------------------------ checks
+
+
+def _check_merge(state: State, sites: tuple[PlannedSite, ...], undo: Undo) -> None:
+    if state.is_merged:
+        refuse("E402", f"`{state.live}` is merged already", hint="unmerge() takes it out again")
+    if state.live is None:
+        refuse("E410", "no adapter is live, so there is nothing to merge")
+    report = Report()
+    for site in sites:
+        derived = site.form.derived
+        if derived.still is None:
+            report.error(
+                "E403",
+                f"`{site.path}` cannot merge: {derived.reason}",
+                site.span,
+                hint="keep such an adapter unmerged; it runs as it is",
+            )
+        elif storage.read(site.site.module, site.form.kind) is None:
+            report.error("E404", f"the weight of `{site.path}` has no data yet (meta device)")
+        elif undo == "algebraic" and derived.merge_class == "snapshot":
+            report.error(
+                "E405",
+                f"`{site.path}`: no arithmetic leads from W' back to W",
+                site.span,
+                hint="merge with undo='exact', which keeps the base's tensors",
+            )
+    report.stop()
+
+
+def _check_unmerge(state: State) -> None:
+    if not state.is_merged:
+        refuse("E406", "nothing is merged")
+    if state.undo == "none":
+        refuse(
+            "E407",
+            "this merge kept nothing to go back by",
+            hint="merge with undo='exact', or unload(keep_merge=True) to stay merged",
+        )
+
+
+# ------------------------------------------------------------------------------------ a site
+
+
+class _Tensors:
+    """The leaves of a site's equation as float64 tensors."""
+
+    def __init__(
+        self,
+        site: PlannedSite,
+        parameters: Mapping[str, Tensor],
+        witnesses: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.site = site
+        self.parameters = parameters
+        self.witnesses = witnesses or {}
+
+    def evaluate(self, expr: Expr) -> Tensor:
+        """The value of an expression, in float64 and without gradients."""
+        with torch.no_grad():
+            domain = Domain(self.site.form.names, self._leaf, self._anchor)
+            return Evaluator(domain).value(expr)
+
+    def _anchor(self) -> Tensor:
+        device = execution_device(self.site.site.module)
+        return torch.zeros((), dtype=torch.float64, device=device)
+
+    def _leaf(self, expr: Expr) -> Tensor:
+        module, form = self.site.site.module, self.site.form
+        match expr.op:
+            case "parameter":
+                value = self.parameters[expr.text("name")].detach()
+            case "witness":
+                value = self.witnesses[expr.text("name")]
+            case "weight" | "merged":
+                value = storage.read(module, form.kind)
+            case _:
+                value = storage.read_bias(module)
+        assert value is not None  # checked before anything was changed
+        return value.to(self._anchor().device, torch.float64)
+
+
+def _merge_site(site: PlannedSite, parameters: Mapping[str, Tensor], undo: Undo) -> MergedSite:
+    merged = site.form.derived.still
+    assert merged is not None
+    tensors = _Tensors(site, parameters)
+    kept = MergedSite(site, witnesses=_witnesses(site, tensors) if undo == "algebraic" else {})
+    weight, bias = _values(merged, tensors)
+    module = site.site.module
+    if bias is not None:
+        kept = replace(kept, bias=storage.detach_parameter(module, "bias"))
+    if weight is not None and undo == "exact":
+        kept = replace(kept, weight=storage.detach_parameter(module, "weight"))
+    try:
+        if weight is not None:
+            storage.write(module, site.form.kind, weight.to(site.form.base_dtype))
+        if bias is not None:
+            storage.write_parameter(module, "bias", bias.to(site.form.base_dtype))
+    except BaseException:
+        _put_back(kept)
+        raise
+    return kept
+
+
+def _values(merged: Merged, tensors: _Tensors) -> tuple[Tensor | None, Tensor | None]:
+    """The merged weight and bias in float64; None for what the adapter leaves as it is."""
+    weight = None if merged.weight is WEIGHT else tensors.evaluate(merged.weight)
+    untouched = merged.bias.op == "bias" or is_zero(merged.bias)
+    return weight, None if untouched else tensors.evaluate(merged.bias)
+
+
+def _witnesses(site: PlannedSite, tensors: _Tensors) -> dict[str, Tensor]:
+    return {n: tensors.evaluate(e) for n, e in site.form.derived.inverse.witnesses}
+
+
+def _put_back(merged: MergedSite) -> None:
+    module = merged.site.site.module
+    if merged.weight is not None:
+        storage.put_back(module, "weight", merged.weight)
+    if merged.bias is not None:
+        storage.put_back(module, "bias", merged.bias)

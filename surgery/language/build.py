@@ -1,0 +1,322 @@
+"""Rule names of the grammar to nodes of the syntax tree. Nothing here raises; meaning comes later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from surgery.errors import Span
+from surgery.language import syntax as ast
+
+Builder = Callable[[Span, Sequence[Any]], Any]
+
+
+def _only(kind: type, children: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(c for c in children if isinstance(c, kind))
+
+
+def _spec(span: Span, children: Sequence[Any]) -> ast.Spec:
+    return ast.Spec(tuple(children), span=span)
+
+
+# ---------------------------------------------------------------------------- statements
+
+
+class _Clause(tuple[str, Any]):
+    """A clause of a match by its keyword, until the match takes it up."""
+
+    __slots__ = ()
+
+
+def _clause(name: str) -> Builder:
+    def build(span: Span, children: Sequence[Any]) -> _Clause:
+        del span
+        return _Clause((name, children[-1]))
+
+    return build
+
+
+def _match(span: Span, children: Sequence[Any]) -> ast.Match:
+    clauses = dict(_only(_Clause, children))
+    (application,) = _only(ast.Application, children)
+    return ast.Match(
+        children[0],
+        clauses.get("in"),
+        clauses.get("except"),
+        application,
+        clauses.get("expect"),
+        span=span,
+    )
+
+
+def _application(span: Span, children: Sequence[Any]) -> ast.Application:
+    name, *keywords = children
+    return ast.Application(str(name), keywords[0] if keywords else (), span=span)
+
+
+def _param(span: Span, children: Sequence[Any]) -> ast.Param:
+    name, kind, *default = children
+    return ast.Param(str(name), kind, default[0] if default else None, span=span)
+
+
+def _let(span: Span, children: Sequence[Any]) -> ast.Let:
+    return ast.Let(str(children[0]), children[1], span=span)
+
+
+def _adapter(span: Span, children: Sequence[Any]) -> ast.Adapter:
+    return ast.Adapter(str(children[0]), _only(ast.Match, children), span=span)
+
+
+def _first_text(span: Span, children: Sequence[Any]) -> str:
+    del span
+    return str(children[0])
+
+
+# --------------------------------------------------------------------- selectors and scopes
+
+
+def _regex(span: Span, children: Sequence[Any]) -> ast.Regex:
+    return ast.Regex(str(children[0])[1:-1], span=span)
+
+
+def _glob(span: Span, children: Sequence[Any]) -> ast.Glob:
+    return ast.Glob(str(children[0]), span=span)
+
+
+def _scope(span: Span, children: Sequence[Any]) -> ast.Scope:
+    return ast.Scope(tuple(children), span=span)
+
+
+def _step(span: Span, children: Sequence[Any]) -> ast.Step:
+    container, *index = children
+    return ast.Step(container, index[0] if index else None, span=span)
+
+
+def _every(span: Span, children: Sequence[Any]) -> ast.Every:
+    del children
+    return ast.Every(span=span)
+
+
+def _indices(span: Span, children: Sequence[Any]) -> ast.Indices:
+    return ast.Indices(tuple(children), span=span)
+
+
+def _slice(span: Span, children: Sequence[Any]) -> ast.Slice:
+    parts: list[Any] = [None]
+    for child in children:
+        if isinstance(child, ast.Node):
+            parts[-1] = child
+        else:
+            parts.append(None)
+    start, stop, step = (*parts, None, None)[:3]
+    return ast.Slice(start, stop, step, span=span)
+
+
+# ------------------------------------------------------------------------------- methods
+
+
+def _method(span: Span, children: Sequence[Any]) -> ast.Method:
+    name, *rest, kind, body = children
+    arguments = rest[0] if rest else ()
+    return ast.Method(str(name), arguments, str(kind), body, span=span)
+
+
+def _argument(span: Span, children: Sequence[Any]) -> ast.Argument:
+    name, kind, *default = children
+    return ast.Argument(str(name), kind, default[0] if default else None, span=span)
+
+
+def _tuple(span: Span, children: Sequence[Any]) -> tuple[Any, ...]:
+    del span
+    return tuple(children)
+
+
+def _declaration(span: Span, children: Sequence[Any]) -> ast.Declaration:
+    role, name, shape, beginning = children
+    return ast.Declaration(
+        name.id, shape, beginning, "train" in role, "shared" in role, span=span
+    )
+
+
+def _draw(span: Span, children: Sequence[Any]) -> ast.Draw:
+    return ast.Draw(children[0], span=span)
+
+
+def _equation(span: Span, children: Sequence[Any]) -> ast.Equation:
+    return ast.Equation(children[0].id, children[1], span=span)
+
+
+def _branch(span: Span, children: Sequence[Any]) -> ast.Branch:
+    condition, then, *other = children
+    return ast.Branch(condition, then, other[0] if other else (), span=span)
+
+
+def _otherwise(span: Span, children: Sequence[Any]) -> tuple[Any, ...]:
+    del span
+    body = children[0]
+    return body if isinstance(body, tuple) else (body,)
+
+
+# ------------------------------------------------------------------------------- formats
+
+
+def _format(span: Span, children: Sequence[Any]) -> ast.Format:
+    name, method, *rest = children
+    return ast.Format(
+        str(name), str(method), _only(ast.Field, rest), _only(ast.Tensor, rest), span=span
+    )
+
+
+def _field(span: Span, children: Sequence[Any]) -> ast.Field:
+    name, *rest = children
+    kinds = dict(_only(_Clause, rest)).get("on", ())
+    value, *default = (c for c in rest if not isinstance(c, _Clause))
+    return ast.Field(str(name), value, default[0] if default else None, kinds, span=span)
+
+
+def _tensor(span: Span, children: Sequence[Any]) -> ast.Tensor:
+    name, *rest = children
+    clauses = dict(_only(_Clause, rest))
+    (key,) = (c for c in rest if not isinstance(c, _Clause))
+    return ast.Tensor(
+        str(name),
+        clauses.get("on", ()),
+        str(key)[1:-1],
+        clauses.get("as"),
+        clauses.get("if"),
+        span=span,
+    )
+
+
+def _kinds(span: Span, children: Sequence[Any]) -> _Clause:
+    del span
+    return _Clause(("on", tuple(map(str, children))))
+
+
+def _layout(span: Span, children: Sequence[Any]) -> _Clause:
+    del span
+    return _Clause(("as", str(children[0])[1:-1]))
+
+
+# ---------------------------------------------------------------------------- expressions
+
+
+def _number(span: Span, children: Sequence[Any]) -> ast.Number:
+    text = str(children[0])
+    whole = text.isascii() and text.isdigit() and len(text) < 4000
+    return ast.Number(int(text) if whole else float(text), span=span)
+
+
+def _text(span: Span, children: Sequence[Any]) -> ast.Text:
+    return ast.Text(str(children[0])[1:-1], span=span)
+
+
+def _truth(span: Span, children: Sequence[Any]) -> ast.Truth:
+    return ast.Truth(str(children[0]) == "true", span=span)
+
+
+def _name(span: Span, children: Sequence[Any]) -> ast.Name:
+    return ast.Name(str(children[0]), span=span)
+
+
+def _call(span: Span, children: Sequence[Any]) -> ast.Call:
+    name, *arguments = children
+    given = arguments[0] if arguments else ()
+    keywords = _only(ast.Keyword, given)
+    positional = tuple(a for a in given if not isinstance(a, ast.Keyword))
+    return ast.Call(str(name), positional, keywords, span=span)
+
+
+def _keyword(span: Span, children: Sequence[Any]) -> ast.Keyword:
+    return ast.Keyword(children[0].id, children[1], span=span)
+
+
+def _conditional(span: Span, children: Sequence[Any]) -> ast.Conditional:
+    then, condition, other = children
+    return ast.Conditional(then, condition, other, span=span)
+
+
+def _binary(span: Span, children: Sequence[Any]) -> ast.Binary:
+    left, operator, right = children
+    return ast.Binary(str(operator), left, right, span=span)  # pyright: ignore[reportArgumentType]
+
+
+def _logical(operator: str) -> Builder:
+    def build(span: Span, children: Sequence[Any]) -> ast.Binary:
+        left, right = children
+        return ast.Binary(operator, left, right, span=span)  # pyright: ignore[reportArgumentType]
+
+    return build
+
+
+def _negative(span: Span, children: Sequence[Any]) -> Any:
+    sign, operand = children
+    return operand if str(sign) == "+" else ast.Unary("-", operand, span=span)
+
+
+def _not(span: Span, children: Sequence[Any]) -> ast.Unary:
+    return ast.Unary("not", children[0], span=span)
+
+
+def _transposed(span: Span, children: Sequence[Any]) -> ast.Call:
+    return ast.Call("transpose", (children[0],), span=span)
+
+
+def _subscript(span: Span, children: Sequence[Any]) -> ast.Subscript:
+    value, *items = children
+    return ast.Subscript(value, tuple(items), span=span)
+
+
+BUILDERS: Mapping[str, Builder] = {
+    "start": _spec,
+    "match": _match,
+    "in_scope": _clause("in"),
+    "except": _clause("except"),
+    "expect": _clause("expect"),
+    "application": _application,
+    "param": _param,
+    "let": _let,
+    "adapter": _adapter,
+    "type": _first_text,
+    "regex": _regex,
+    "glob": _glob,
+    "scope": _scope,
+    "step": _step,
+    "every": _every,
+    "slice": _slice,
+    "indices": _indices,
+    "method": _method,
+    "signature": _tuple,
+    "argument": _argument,
+    "body": _tuple,
+    "declaration": _declaration,
+    "role": lambda span, children: tuple(map(str, children)),
+    "shape": _tuple,
+    "draw": _draw,
+    "equation": _equation,
+    "branch": _branch,
+    "otherwise": _otherwise,
+    "format": _format,
+    "field": _field,
+    "tensor": _tensor,
+    "kinds": _kinds,
+    "layout": _layout,
+    "condition": _clause("if"),
+    "conditional": _conditional,
+    "or_": _logical("or"),
+    "and_": _logical("and"),
+    "not_": _not,
+    "compare": _binary,
+    "binary": _binary,
+    "negative": _negative,
+    "transposed": _transposed,
+    "subscript": _subscript,
+    "number": _number,
+    "text": _text,
+    "truth": _truth,
+    "call": _call,
+    "arguments": _tuple,
+    "keywords": _tuple,
+    "keyword": _keyword,
+    "name": _name,
+}

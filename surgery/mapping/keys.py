@@ -1,0 +1,303 @@
+"""The names of every tensor as a bijection: base, adapted model, native file, other formats."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from functools import cached_property
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from surgery.errors import Report, refuse
+from surgery.mapping.spelling import Spelling, chosen_format, place_of
+from surgery.model.holder import ADAPTERS, parameters_of
+from surgery.plan import Plan, PlannedSite, SharedParameter, SiteClass
+
+SHARED = "shared"
+ADAPTED, NATIVE = "adapted", "native"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One tensor of an adapter under each of its names.
+
+    site: the dotted path; "" for the root, and for a shared parameter.
+    shape: in the method's layout, in elements; that of the adapted model and of native files.
+    """
+
+    adapter: str
+    site: str
+    name: str
+    adapted: str
+    native: str
+    shape: tuple[int, ...]
+    spellings: tuple[Spelling, ...] = ()
+
+    def key(self, form: str) -> str | None:
+        """Its key in a form: `adapted`, `native` or a format; None where that has none."""
+        match form:
+            case "adapted":
+                return self.adapted
+            case "native":
+                return self.native
+            case _:
+                spelling = self.spelling(form)
+                return None if spelling is None else spelling.key
+
+    def spelling(self, form: str) -> Spelling | None:
+        """How a format spells it."""
+        return next((s for s in self.spellings if s.format == form), None)
+
+    def file_shape(self, form: str) -> tuple[int, ...]:
+        """Its shape in a form, in elements."""
+        spelling = self.spelling(form)
+        return self.shape if spelling is None else spelling.file_shape(self.shape)
+
+    def converted(self, tensor: Tensor, source: str, to: str) -> Tensor:
+        """The tensor, from the layout of one form to that of another."""
+        was, becomes = self.spelling(source), self.spelling(to)
+        if was is not None:
+            tensor = was.read(tensor)
+        return tensor if becomes is None else becomes.written(tensor)
+
+
+@dataclass(frozen=True)
+class StateDictMapping:
+    """Every tensor's name in the adapted model, in native files and in other formats.
+
+    rows: the adapters' tensors. base: the base's keys, which are the same everywhere. An adapter's
+    name is part of adapted names alone, so file forms hold one adapter at a time.
+    Raises PlanError (E307) at construction if two tensors would have one name.
+    """
+
+    rows: tuple[Row, ...]
+    base: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        report = Report()
+        forms = {s.format for row in self.rows for s in row.spellings}
+        for adapter in self.adapters or ("",):
+            for form in (ADAPTED, NATIVE, *sorted(forms)):
+                keys = [row.key(form) for row in self.rows if row.adapter == adapter]
+                _check_distinct([*self.base, *(k for k in keys if k is not None)], form, report)
+        report.stop()
+
+    @cached_property
+    def adapters(self) -> tuple[str, ...]:
+        """The adapters, in the order of their rows."""
+        return tuple(dict.fromkeys(row.adapter for row in self.rows))
+
+    def of_adapter(self, adapter: str) -> StateDictMapping:
+        """The mapping of one adapter alone."""
+        return StateDictMapping(tuple(r for r in self.rows if r.adapter == adapter), self.base)
+
+    def index(self, form: str, adapter: str | None = None) -> dict[str, Row]:
+        """The rows of an adapter (None for the first) by their keys in a form."""
+        chosen = adapter or next(iter(self.adapters), "")
+        mine = ((row.key(form), row) for row in self.rows if row.adapter == chosen)
+        return {key: row for key, row in mine if key is not None}
+
+    def rename(
+        self,
+        state_dict: Mapping[str, Tensor],
+        source: str = ADAPTED,
+        to: str = "peft",
+        adapter: str | None = None,
+    ) -> dict[str, Tensor]:
+        """A state dict under the keys and in the layouts of another form.
+
+        source, to: `adapted`, `native`, or the name of a format. adapter: None for the first; the
+        tensors of others are left out, since no file form has room for a name. What is not an
+        adapter's keeps its key. Raises ArtifactError (E518) for an adapter's tensor that has no
+        place in the mapping, or no key in `to`.
+        """
+        report, renamed = Report(), dict[str, Tensor]()
+        index = self.index(source, adapter)
+        others = {row.key(source) for row in self.rows} - index.keys()
+        for key, tensor in state_dict.items():
+            row = index.get(key)
+            if row is None:
+                if key not in others and _kept(key, source, index, report):
+                    renamed[key] = tensor
+                continue
+            target = row.key(to)
+            if target is None:
+                report.error("E518", f"`{key}` has no key in {to}")
+                continue
+            renamed[target] = row.converted(tensor, source, to)
+        report.stop()
+        return renamed
+
+    def to_json(self) -> str:
+        """The mapping as JSON text; `from_json` reads it back."""
+        return json.dumps({"rows": [asdict(r) for r in self.rows], "base": self.base})
+
+    @staticmethod
+    def from_json(text: str) -> StateDictMapping:
+        """The mapping that `to_json` wrote. Raises ArtifactError (E514) for anything else."""
+        try:
+            data = cast(dict[str, Any], json.loads(text))
+            rows = tuple(map(_row_from, data["rows"]))
+            return StateDictMapping(rows, tuple(map(str, data["base"])))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            refuse("E514", f"this is not a mapping: {type(error).__name__} {error}")
+
+
+def _kept(key: str, source: str, index: Mapping[str, Row], report: Report) -> bool:
+    """Whether a key that is no row's is the base's own; if not, it is reported."""
+    if source != ADAPTED or f".{ADAPTERS}." not in f".{key}":
+        return True
+    near = get_close_matches(key, index, 1)
+    hint = f"the nearest is `{near[0]}`" if near else ""
+    report.error("E518", f"the mapping has no tensor `{key}`", hint=hint)
+    return False
+
+
+def _check_distinct(keys: list[str], form: str, report: Report) -> None:
+    seen: set[str] = set()
+    for key in keys:
+        if key in seen:
+            report.error(
+                "E307",
+                f"two tensors would be `{key}` in {form} form",
+                hint="give the parameter another name in its method",
+            )
+        seen.add(key)
+
+
+def _row_from(data: dict[str, Any]) -> Row:
+    spellings = (
+        Spelling(
+            str(s["format"]),
+            str(s["key"]),
+            str(s["layout"]),
+            tuple((str(n), int(v)) for n, v in s["sizes"]),
+        )
+        for s in data["spellings"]
+    )
+    text = (str(data[n]) for n in ("adapter", "site", "name", "adapted", "native"))
+    return Row(*text, shape=tuple(map(int, data["shape"])), spellings=tuple(spellings))
+
+
+# --------------------------------------------------------------------------------- from a plan
+
+
+def mapping_of(plan: Plan, model: nn.Module | None = None) -> StateDictMapping:
+    """The mapping of every tensor of a plan; with the model, its base's keys as well."""
+    base: Iterable[str] = () if model is None else model.state_dict(keep_vars=True)
+    kept = tuple(k for k in base if f".{ADAPTERS}." not in f".{k}")
+    spellings: dict[int, dict[str, tuple[Spelling, ...]]] = {}
+    rows = [row for site in plan.sites for row in _site_rows(site, plan, spellings)]
+    return StateDictMapping((*rows, *_shared_rows(plan)), kept)
+
+
+def adapted_name(path: str, adapter: str, name: str) -> str:
+    """The name of a parameter in the adapted model."""
+    return f"{path}.{ADAPTERS}.{adapter}.{name}" if path else f"{ADAPTERS}.{adapter}.{name}"
+
+
+def shared_name(adapter: str, group: str, name: str) -> str:
+    """The name of a shared parameter in the adapted model."""
+    return f"{ADAPTERS}.{adapter}.{SHARED}.{group}.{name}"
+
+
+def _site_rows(
+    site: PlannedSite, plan: Plan, known: dict[int, dict[str, tuple[Spelling, ...]]]
+) -> Iterator[Row]:
+    form = site.form
+    if id(form) not in known:
+        known[id(form)] = dict(_spellings(plan, form, "{}"))
+    natives = _native_names(site)
+    prefix = f"{site.path}." if site.path else ""
+    for p in form.parameters:
+        if p.shared:
+            continue
+        yield Row(
+            site.adapter,
+            site.path,
+            p.name,
+            adapted_name(site.path, site.adapter, p.name),
+            prefix + natives[p.name],
+            form.shapes[p.name],
+            tuple(_at(s, prefix) for s in known[id(form)].get(p.name, ())),
+        )
+
+
+def _at(spelling: Spelling, prefix: str) -> Spelling:
+    key = spelling.key.replace("{}.", prefix, 1)
+    return Spelling(spelling.format, key, spelling.layout, spelling.sizes)
+
+
+def _spellings(
+    plan: Plan, form: SiteClass, path: str
+) -> Iterator[tuple[str, tuple[Spelling, ...]]]:
+    """For each parameter of a class of sites, how every format spells it at a path."""
+    formats = plan.resolved.library.formats(form.method.name)
+    found: dict[str, list[Spelling]] = {}
+    for name in dict.fromkeys(f.name for f in formats):
+        chosen = chosen_format(tuple(f for f in formats if f.name == name), form)
+        if chosen is None:
+            continue
+        for p in form.parameters:
+            spelling = place_of(form).spelling(chosen[0], chosen[1][p.name], path, p.shared)
+            found.setdefault(p.name, []).append(spelling)
+    yield from ((name, tuple(spellings)) for name, spellings in found.items())
+
+
+def _native_names(site: PlannedSite) -> dict[str, str]:
+    """A parameter's name in a file is its own, with a `_` where the site has that name itself."""
+    module = site.site.module
+    buffers = cast("dict[str, object]", vars(module)["_buffers"])
+    taken = {*parameters_of(module), *buffers}
+    names = [p.name for p in site.form.parameters]
+    natives: dict[str, str] = {}
+    for name in names:
+        native = name
+        while native in taken or (native != name and native in names):
+            native += "_"
+        natives[name] = native
+    return natives
+
+
+def shared_groups(plan: Plan) -> Mapping[tuple[object, ...], str]:
+    """For each shared parameter, the group it is kept in: its method, numbered from 2.
+
+    The numbers tell apart the groups of one method with different arguments in one adapter.
+    """
+    groups: dict[tuple[object, ...], str] = {}
+    taken: dict[tuple[str, str], int] = {}
+    for shared in plan.shared:
+        group = (shared.adapter, shared.method, shared.arguments)
+        if group not in groups:
+            count = taken.get(group[:2], 0) + 1
+            taken[group[:2]] = count
+            groups[group] = shared.method if count == 1 else f"{shared.method}_{count}"
+    return {s.key: groups[s.adapter, s.method, s.arguments] for s in plan.shared}
+
+
+def _shared_rows(plan: Plan) -> Iterator[Row]:
+    groups = shared_groups(plan)
+    for shared in plan.shared:
+        group, name = groups[shared.key], shared.parameter.name
+        # A format has one place for a shared parameter, so only the first group has a key in it.
+        spellings = _shared_spellings(plan, shared) if group == shared.method else ()
+        yield Row(
+            shared.adapter,
+            "",
+            name,
+            shared_name(shared.adapter, group, name),
+            f"{SHARED}.{group}.{name}",
+            shared.shape,
+            spellings,
+        )
+
+
+def _shared_spellings(plan: Plan, shared: SharedParameter) -> tuple[Spelling, ...]:
+    for site in plan.sites:
+        mine = (site.adapter, site.form.method.name, site.form.arguments)
+        if mine == (shared.adapter, shared.method, shared.arguments):
+            return dict(_spellings(plan, site.form, site.path)).get(shared.parameter.name, ())
+    return ()

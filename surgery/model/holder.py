@@ -1,0 +1,101 @@
+"""The child module that keeps an adapter's parameters.
+
+A site's adapters live in `<site>.surgery.<adapter>.<name>`. Both levels are a `Holder`: a module
+that is never called, so a hook that moves parameters in and out around a call would never fire on
+it and would leave them without data. A holder therefore takes no such hook: it stays where the
+computation runs, its parameters remain the objects that an optimizer knows, and gradients arrive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+ADAPTERS = "surgery"
+"""The name of the child under which a site keeps its adapters; nothing below it is a site."""
+
+_BEFORE = "_before_hook"
+_COVER = "_cover"
+
+
+class Holder(nn.Module):
+    """A module that only holds tensors and children; it has no forward and takes no offloading.
+
+    accelerate puts a hook on every module that owns tensors. It sets `_old_forward`, then moves
+    the tensors away, then sets `_hf_hook` and `forward`. A holder notes its tensors at the first
+    of these, takes the very same objects back at the second, and stores none of the three.
+    """
+
+    def __setattr__(self, name: str, value: Tensor | nn.Module | object) -> None:
+        match name:
+            case "_old_forward":
+                vars(self)[_BEFORE] = (dict(_slots(self, "_parameters")), _buffers(self))
+            case "_hf_hook":
+                self._take_back(getattr(value, "execution_device", None))
+            case "forward":
+                pass
+            case _:
+                super().__setattr__(name, cast(Tensor, value))
+
+    def _take_back(self, device: torch.device | str | int | None) -> None:
+        """Hold the tensors again that were held before a hook came, on the hook's device."""
+        if _BEFORE not in vars(self):
+            return
+        parameters, buffers = vars(self).pop(_BEFORE)
+        for tensor in (*parameters.values(), *buffers.values()):
+            if tensor is not None and device is not None and not tensor.is_meta:
+                # `.data` keeps the object, and with it an optimizer's hold on it.
+                tensor.data = tensor.data.to(device)
+        _slots(self, "_parameters").update(parameters)
+        _slots(self, "_buffers").update(buffers)
+
+
+def _slots(module: nn.Module, name: str) -> dict[str, Tensor | None]:
+    return cast("dict[str, Tensor | None]", vars(module)[name])
+
+
+def _buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    return dict(_slots(module, "_buffers"))
+
+
+def holder_of(module: nn.Module) -> Holder | None:
+    """The child of a site that keeps its adapters, if it has one."""
+    child = children_of(module).get(ADAPTERS)
+    return child if isinstance(child, Holder) else None
+
+
+def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The children of a module by name, in order; the dictionary is the module's own."""
+    return cast("dict[str, nn.Module | None]", vars(module)["_modules"])
+
+
+def modules_of(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The module and all below it by path, in order, each once; its own path is ""."""
+    return cast("Iterator[tuple[str, nn.Module]]", module.named_modules())
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The parameters a module itself owns, in order, `None` where one is registered as absent.
+
+    The dictionary is the module's own.
+    """
+    return cast("dict[str, nn.Parameter | None]", vars(module)["_parameters"])
+
+
+def cover_of(module: nn.Module) -> tuple[object, str] | None:
+    """The hook of an ancestor that offloads this site's weight, and the site's prefix in its map.
+
+    Noted on the site's holder by `surgery.model.hooked.adopt`, so that copies carry it.
+    """
+    holder = holder_of(module)
+    return None if holder is None else vars(holder).get(_COVER)
+
+
+def set_cover(module: nn.Module, cover: tuple[object, str] | None) -> None:
+    """Note or forget what `cover_of` gives; nothing happens on a module without a holder."""
+    holder = holder_of(module)
+    if holder is not None:
+        vars(holder)[_COVER] = cover

@@ -1,0 +1,355 @@
+"""The layer kinds: what each is as a matrix, and how a matrix of its shape acts on its input.
+
+A kind is a row of `KINDS`. Every weight is seen as `W[out, in]`, whatever its storage, and every
+activation with its features last. All functions here work on tensors and on `torch.fx` proxies,
+so they read sizes from the row's own data and never from a tensor's shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """The sizes of a site as a matrix, in elements.
+
+    `fan_in` is the length of a row of W; `channels` the input channels a group, which is `fan_in`
+    for all but convolutions; a site with `groups` > 1 applies each group's rows to its own input.
+    """
+
+    fan_in: int
+    fan_out: int
+    channels: int
+    groups: int = 1
+
+    @property
+    def names(self) -> Mapping[str, int]:
+        """The sizes by the names they have in an equation."""
+        return {"in": self.fan_in, "out": self.fan_out, "channels": self.channels}
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """The constants of a convolution; `pad` is what `F.pad` takes when the mode is not zeros."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    mode: str
+    pad: tuple[int, ...]
+
+
+InputForm = Literal["features", "patches", "indices"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKind:
+    """One row: a class of layers whose `forward` is known.
+
+    name: how formats and plans call it.
+    qualified: the class, as `module.Class`; a subclass counts if it has the same `forward`.
+    argument: the name of the first argument of `forward`.
+    input: what x is. `features` [..., in]; `patches`, which only a whole matrix can read;
+        `indices` [...] of one-hot vectors.
+    sizes, geometry: read off a module, without touching its weight's data.
+    objection: why this module cannot be adapted, or "".
+    to_matrix, from_matrix: between the stored layout and `[out, in]`; views where they can be.
+    apply: a matrix `[k, in]` on the input; gives `[..., k]`, or `[..., groups, k]` if the site has
+        groups and the matrix is not `whole` (its rows are not the site's own).
+    scale: the input times a vector over `channels`; None where the input has no such axis.
+    feature_axis: where the features stand in the output.
+    methods: what makes up the class's forward; a subclass that replaces one is not of this kind.
+    """
+
+    name: str
+    qualified: str
+    argument: str
+    input: InputForm
+    sizes: Callable[[nn.Module], Sizes]
+    geometry: Callable[[nn.Module], Geometry | None]
+    objection: Callable[[nn.Module], str]
+    to_matrix: Callable[[Tensor], Tensor]
+    from_matrix: Callable[[Tensor, tuple[int, ...]], Tensor]
+    apply: Callable[[Tensor, Tensor, Sizes, Geometry | None, bool], Tensor]
+    scale: Callable[[Tensor, Tensor, Sizes], Tensor] | None
+    feature_axis: int = -1
+    methods: tuple[str, ...] = ("forward",)
+
+    def features_last(self, output: Tensor) -> Tensor:
+        """The site's output with its features on the last axis; a view."""
+        return output if self.feature_axis == -1 else output.movedim(self.feature_axis, -1)
+
+    def features_back(self, output: Tensor) -> Tensor:
+        """The inverse of `features_last`; a view."""
+        return output if self.feature_axis == -1 else output.movedim(-1, self.feature_axis)
+
+
+# ------------------------------------------------------------------------------ dense layers
+
+
+def _no_geometry(module: nn.Module) -> None:
+    del module
+
+
+def _no_objection(module: nn.Module) -> str:
+    del module
+    return ""
+
+
+def _linear_sizes(module: nn.Module) -> Sizes:
+    linear = cast(nn.Linear, module)
+    return Sizes(linear.in_features, linear.out_features, linear.in_features)
+
+
+def _transposed_sizes(module: nn.Module) -> Sizes:
+    fan_in, fan_out = cast(Tensor, module.weight).shape
+    return Sizes(fan_in, fan_out, fan_in)
+
+
+def _stored(matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return matrix.reshape(shape)
+
+
+def _stored_transposed(matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return matrix.t().reshape(shape)
+
+
+def _as_is(weight: Tensor) -> Tensor:
+    return weight
+
+
+def _transposed(weight: Tensor) -> Tensor:
+    return weight.t()
+
+
+def _apply_features(
+    matrix: Tensor, x: Tensor, sizes: Sizes, geometry: Geometry | None, whole: bool
+) -> Tensor:
+    del sizes, geometry, whole
+    return F.linear(x, matrix)
+
+
+def _scale_features(x: Tensor, vector: Tensor, sizes: Sizes) -> Tensor:
+    del sizes
+    return x * vector
+
+
+# -------------------------------------------------------------------------------- embeddings
+
+
+def _embedding_sizes(module: nn.Module) -> Sizes:
+    table = cast(nn.Embedding, module)
+    return Sizes(table.num_embeddings, table.embedding_dim, table.num_embeddings)
+
+
+def _embedding_objection(module: nn.Module) -> str:
+    if cast(nn.Embedding, module).max_norm is None:
+        return ""
+    return "its max_norm rescales rows of the weight on every lookup, so W is not a constant"
+
+
+def _apply_indices(
+    matrix: Tensor, x: Tensor, sizes: Sizes, geometry: Geometry | None, whole: bool
+) -> Tensor:
+    del sizes, geometry, whole
+    return F.embedding(x, matrix.t())
+
+
+# ------------------------------------------------------------------------------ convolutions
+
+
+def _conv_sizes(module: nn.Module) -> Sizes:
+    conv = cast(nn.Conv2d, module)
+    channels = conv.in_channels // conv.groups
+    kernel = 1
+    for length in conv.kernel_size:
+        kernel *= length
+    return Sizes(channels * kernel, conv.out_channels, channels, conv.groups)
+
+
+def _conv_geometry(module: nn.Module) -> Geometry:
+    conv = cast(nn.Conv2d, module)
+    padding = conv.padding if isinstance(conv.padding, str) else tuple(conv.padding)
+    return Geometry(
+        kernel=tuple(conv.kernel_size),
+        stride=tuple(conv.stride),
+        padding=padding,
+        dilation=tuple(conv.dilation),
+        mode=conv.padding_mode,
+        pad=_pad_amounts(conv),
+    )
+
+
+def _pad_amounts(conv: nn.Conv2d) -> tuple[int, ...]:
+    """What `F.pad` takes, last axis first, for a padding mode that is not zeros."""
+    if conv.padding_mode == "zeros":
+        return ()
+    amounts: list[int] = []
+    for axis in reversed(range(len(conv.kernel_size))):
+        if conv.padding == "same":
+            total = conv.dilation[axis] * (conv.kernel_size[axis] - 1)
+            amounts += [total // 2, total - total // 2]
+        elif isinstance(conv.padding, str):  # "valid"
+            amounts += [0, 0]
+        else:
+            amounts += [conv.padding[axis]] * 2
+    return tuple(amounts)
+
+
+def _flat(weight: Tensor) -> Tensor:
+    return weight.flatten(1)
+
+
+def _apply_patches(
+    matrix: Tensor, x: Tensor, sizes: Sizes, geometry: Geometry | None, whole: bool
+) -> Tensor:
+    assert geometry is not None
+    kernel = cast(Tensor, matrix.unflatten(1, (sizes.channels, *geometry.kernel)))
+    split = sizes.groups > 1 and not whole
+    if split:
+        kernel = kernel.repeat(sizes.groups, *(1,) * (kernel_rank(geometry) - 1))
+    padding = geometry.padding
+    if geometry.mode != "zeros":
+        x = F.pad(x, geometry.pad, mode=geometry.mode)
+        padding = (0,) * len(geometry.kernel)
+    y = F.conv2d(
+        x, kernel, None, geometry.stride, cast(str, padding), geometry.dilation, sizes.groups
+    ).movedim(-3, -1)
+    return cast(Tensor, y.unflatten(-1, (sizes.groups, -1))) if split else y
+
+
+def kernel_rank(geometry: Geometry) -> int:
+    """The number of axes of a convolution's weight."""
+    return len(geometry.kernel) + 2
+
+
+def _scale_channels(x: Tensor, vector: Tensor, sizes: Sizes) -> Tensor:
+    every_group = vector.repeat(sizes.groups) if sizes.groups > 1 else vector
+    return x * cast(Tensor, every_group.unflatten(0, (-1, 1, 1)))
+
+
+KINDS: tuple[LayerKind, ...] = (
+    LayerKind(
+        name="linear",
+        qualified="torch.nn.modules.linear.Linear",
+        argument="input",
+        input="features",
+        sizes=_linear_sizes,
+        geometry=_no_geometry,
+        objection=_no_objection,
+        to_matrix=_as_is,
+        from_matrix=_stored,
+        apply=_apply_features,
+        scale=_scale_features,
+    ),
+    LayerKind(
+        name="transposed_linear",
+        qualified="transformers.pytorch_utils.Conv1D",
+        argument="x",
+        input="features",
+        sizes=_transposed_sizes,
+        geometry=_no_geometry,
+        objection=_no_objection,
+        to_matrix=_transposed,
+        from_matrix=_stored_transposed,
+        apply=_apply_features,
+        scale=_scale_features,
+    ),
+    LayerKind(
+        name="embedding",
+        qualified="torch.nn.modules.sparse.Embedding",
+        argument="input",
+        input="indices",
+        sizes=_embedding_sizes,
+        geometry=_no_geometry,
+        objection=_embedding_objection,
+        to_matrix=_transposed,
+        from_matrix=_stored_transposed,
+        apply=_apply_indices,
+        scale=None,
+    ),
+    LayerKind(
+        name="conv2d",
+        qualified="torch.nn.modules.conv.Conv2d",
+        argument="input",
+        input="patches",
+        sizes=_conv_sizes,
+        geometry=_conv_geometry,
+        objection=_no_objection,
+        to_matrix=_flat,
+        from_matrix=_stored,
+        apply=_apply_patches,
+        scale=_scale_channels,
+        feature_axis=-3,
+        methods=("forward", "_conv_forward"),
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Bypass:
+    """An owner that reads a child's weight without calling the child, so a new forward is dead."""
+
+    owner: str
+    child: str
+    reason: str
+
+
+BYPASSES: tuple[Bypass, ...] = (
+    Bypass(
+        "torch.nn.modules.activation.MultiheadAttention",
+        "out_proj",
+        "nn.MultiheadAttention reads out_proj.weight itself and never calls out_proj",
+    ),
+    Bypass(
+        "torch.nn.modules.transformer.TransformerEncoderLayer",
+        "linear1",
+        "the fast path of nn.TransformerEncoderLayer reads linear1.weight itself",
+    ),
+    Bypass(
+        "torch.nn.modules.transformer.TransformerEncoderLayer",
+        "linear2",
+        "the fast path of nn.TransformerEncoderLayer reads linear2.weight itself",
+    ),
+)
+
+
+def qualified_name(cls: type) -> str:
+    """`module.Class` of a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def kind_of(module: nn.Module) -> LayerKind | None:
+    """The row that knows this module's forward, or None.
+
+    A row holds for its own class and for any subclass that has replaced none of its `methods`;
+    classes that were swapped in by mounting are looked through by their `surgery_base`.
+    """
+    cls = cast(type[nn.Module], getattr(type(module), "surgery_base", type(module)))
+    for ancestor in cls.__mro__:
+        kind = _BY_CLASS.get(qualified_name(ancestor))
+        if kind is not None:
+            same = all(_attribute(cls, m) is _attribute(ancestor, m) for m in kind.methods)
+            return kind if same else None
+    return None
+
+
+def _attribute(cls: type, name: str) -> object:
+    return cast(object, getattr(cls, name, None))
+
+
+def matrix_like(module: nn.Module) -> bool:
+    """Whether a module owns a `weight` that could be seen as a matrix, known to a row or not."""
+    weight = module._parameters.get("weight")  # pyright: ignore[reportPrivateUsage]
+    return isinstance(weight, torch.Tensor) and weight.dim() >= 2
+
+
+_BY_CLASS = {kind.qualified: kind for kind in KINDS}

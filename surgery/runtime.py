@@ -1,0 +1,378 @@
+"""The handle of an adapted model, and the two ways to one: compile a spec, attach a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx, nn
+
+from surgery import artifact, lower, materialize, mount
+from surgery.artifact import SaveReport
+from surgery.check import Resolved, Values, findings, resolve
+from surgery.errors import Diagnostic, Report, SurgeryError, refuse
+from surgery.inverse import Inverse, parameters_at, shared_parameter
+from surgery.language.library import Library
+from surgery.language.parse import load, parse
+from surgery.language.syntax import Spec
+from surgery.mapping import StateDictMapping, mapping_of
+from surgery.model.holder import ADAPTERS, holder_of
+from surgery.model.hooked import adopt, execution_device
+from surgery.plan import Plan, PlannedSite, plan_assignments
+from surgery.plan import plan as make_plan
+from surgery.state import Adapter, State, forget_state, keep_state, require_state, state_of
+
+SpecLike = Spec | str | Path
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """An adapted model's handle. Its state lies on the model, so any two handles agree."""
+
+    model: nn.Module
+
+    @property
+    def plan(self) -> Plan:
+        """What was done: the plans of all adapters as one."""
+        return joined(adapter.plan for adapter in self._state.adapters.values())
+
+    @property
+    def mapping(self) -> StateDictMapping:
+        """Every tensor's name in the base, in the adapted model and in files; a bijection."""
+        return mapping_of(self.plan, self.model)
+
+    @property
+    def inverse(self) -> Inverse:
+        """Unload, merge and unmerge."""
+        return Inverse(self.model)
+
+    @property
+    def graphs(self) -> Mapping[str, fx.Graph]:
+        """The graph of every site of the live adapter, by the site's path."""
+        state = self._state
+        live = () if state.live is None else state.adapters[state.live].sites
+        return {s.path: _lowered(state, s).graph for s in live}
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The adapters on the model, in the order in which they came."""
+        return tuple(self._state.adapters)
+
+    @property
+    def live(self) -> str | None:
+        """The adapter that the forward runs; None for the base alone."""
+        return self._state.live
+
+    @property
+    def merged(self) -> bool:
+        """Whether the live adapter is in the weights."""
+        return self._state.is_merged
+
+    def activate(self, name: str | None) -> None:
+        """Let the forward run one adapter, or the base alone; what is trained does not change.
+
+        Raises StateError: E411 for an unknown adapter, E402 while one is merged.
+        """
+        state = self._state
+        if name is not None and name not in state.adapters:
+            known = ", ".join(state.adapters)
+            refuse("E411", f"there is no adapter `{name}`", hint=f"there are: {known}")
+        if state.is_merged:
+            refuse("E402", f"`{state.live}` is merged", hint="unmerge() first")
+        for site in _sites(state, state.live):
+            mount.dismount(site.site.module)
+        state.live = name
+        for site in _sites(state, name):
+            mount.mount(site.site.module, _key(state, site))
+
+    def materialize(self) -> None:
+        """Begin the parameters that waited on meta for their base's weights to arrive."""
+        state = self._state
+        for adapter in state.adapters.values():
+            _begin_pending(self.model, adapter)
+
+    def parameters(self, adapter: str | None = None) -> dict[str, Tensor]:
+        """The tensors of an adapter (the live one by default) by their names in the model."""
+        state = self._state
+        return tensors_of(self.model, state.adapters[adapter or self._only(state)])
+
+    def save(self, directory: str | Path, adapter: str | None = None) -> SaveReport:
+        """Write an adapter (the live one by default) to a folder, all of it or nothing.
+
+        The folder is a peft folder where one peft config says the same; the report says if not.
+        Raises ArtifactError if it cannot be written.
+        """
+        state = self._state
+        chosen = state.adapters[adapter or self._only(state)]
+        return artifact.save_adapter(
+            Path(directory), chosen.plan, chosen.name, tensors_of(self.model, chosen), chosen.seed
+        )
+
+    def _only(self, state: State) -> str:
+        return state.live or next(iter(state.adapters))
+
+    @property
+    def _state(self) -> State:
+        return require_state(self.model)
+
+
+def _key(state: State, site: PlannedSite) -> lower.Lowering:
+    return lower.key_of(state.adapters[site.adapter].plan, site.form, site.adapter)
+
+
+def _lowered(state: State, site: PlannedSite) -> lower.SiteGraph:
+    return lower.lower(_key(state, site))
+
+
+def _sites(state: State, name: str | None) -> Iterator[PlannedSite]:
+    return iter(()) if name is None else state.adapters[name].sites
+
+
+def joined(plans: Iterator[Plan]) -> Plan:
+    """Several plans for one model as one; the same plan counts once."""
+    first, *rest = {id(p): p for p in plans}.values()
+    for plan in rest:
+        first = replace(
+            first,
+            sites=(*first.sites, *plan.sites),
+            shared=(*first.shared, *plan.shared),
+            diagnostics=(*first.diagnostics, *plan.diagnostics),
+        )
+    return first
+
+
+# ----------------------------------------------------------------------------------- compile
+
+
+def read_spec(spec: SpecLike) -> Spec:
+    """A spec from a file, from its text, or as it is. Raises SpecSyntaxError, ArtifactError.
+
+    A text that names an existing file, or ends in `.peft`, is a path.
+    """
+    if isinstance(spec, Spec):
+        return spec
+    if isinstance(spec, Path) or spec.endswith(".peft"):
+        return load(spec)
+    return parse(spec)
+
+
+def check(spec: SpecLike, values: Values | None = None) -> tuple[Diagnostic, ...]:
+    """Everything that is wrong with a spec, as far as it can be seen without a model."""
+    try:
+        return tuple(findings(read_spec(spec), Library.standard(), values))
+    except SurgeryError as error:
+        return error.diagnostics
+
+
+def plan(
+    spec: SpecLike,
+    model: nn.Module,
+    *,
+    values: Values | None = None,
+    dtype: torch.dtype | None = None,
+) -> Plan:
+    """What a spec would do to a model; neither is touched, and the model may lie on meta.
+
+    values: of the spec's `param`s. dtype: of the adapters' parameters; by default float32 on a
+    base of 16 bits or less, else the base's own. Raises SurgeryError with all that does not fit.
+    """
+    made = make_plan(resolve(read_spec(spec), Library.standard(), values), model, dtype)
+    lower.check(made)
+    return made
+
+
+def compile_model(
+    spec: SpecLike,
+    model: nn.Module,
+    *,
+    seed: int = 0,
+    values: Values | None = None,
+    dtype: torch.dtype | None = None,
+) -> Compiled:
+    """Adapt a model in place. Whatever goes wrong, the model is left as it was.
+
+    seed: of the random beginnings; each parameter has a stream of its own, so the order does not
+    matter. Other arguments as for `plan`. A second call adds its adapters beside those that are
+    there. Raises SurgeryError.
+    """
+    made = plan(spec, model, values=values, dtype=dtype)
+    return _put_on(model, made, seed, {})
+
+
+def _put_on(model: nn.Module, made: Plan, seed: int, given: Mapping[str, Tensor]) -> Compiled:
+    """Make all tensors first, then mount; undo everything if anything fails."""
+    state = state_of(model) or State()
+    _refuse_known_names(state, made)
+    if state.is_merged:
+        refuse("E402", f"`{state.live}` is merged", hint="unmerge() before adding adapters")
+    tensors = [materialize.site_tensors(s, seed, _given_at(s, given)) for s in made.sites]
+    fresh = state_of(model) is None
+    flags = mount.requires_grad_flags(model)
+    try:
+        _add(model, made, tensors, seed, given)
+        adopt(model)
+        mount.set_requires_grad(model, None)
+        _register(model, state, made, seed, flags if fresh else state.flags)
+    except BaseException:
+        _take_off(model, made, state, flags, fresh)
+        raise
+    return Compiled(model)
+
+
+def _refuse_known_names(state: State, made: Plan) -> None:
+    report = Report()
+    for name in made.adapters:
+        if name in state.adapters:
+            report.error(
+                "E412",
+                f"the model has an adapter `{name}` already",
+                hint=f"name the new one: `adapter {name}_2 {{ … }}`, or unload() first",
+            )
+    report.stop()
+
+
+def _given_at(site: PlannedSite, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if not given:
+        return {}
+    prefix = tensor_name(site.path, site.adapter, "")
+    return {p.name: given[prefix + p.name] for p in site.form.parameters if not p.shared}
+
+
+def _add(
+    model: nn.Module,
+    made: Plan,
+    tensors: list[dict[str, Tensor]],
+    seed: int,
+    given: Mapping[str, Tensor],
+) -> None:
+    banks = _add_banks(model, made, seed, given)
+    for site, values in zip(made.sites, tensors, strict=True):
+        trained = frozenset(p.name for p in site.form.parameters if p.trained)
+        child = mount.add_parameters(site.site.module, site.adapter, mount.Tensors(values, trained))
+        if site.adapter in banks and any(p.shared for p in site.form.parameters):
+            mount.link_shared(child, banks[site.adapter])
+
+
+def _add_banks(
+    model: nn.Module, made: Plan, seed: int, given: Mapping[str, Tensor]
+) -> dict[str, mount.Holder]:
+    """The shared parameters, on the root; gives the holder of each adapter's."""
+    banks: dict[str, mount.Holder] = {}
+    names = lower.bank_names(made)
+    for shared in made.shared:
+        group, _ = names[shared.key]
+        child = mount.add_parameters(model, shared.adapter, mount.Tensors({}, frozenset()))
+        bank = mount.holder_at(child, lower.SHARED)
+        banks[shared.adapter] = bank
+        name = shared_name(shared.adapter, group, shared.parameter.name)
+        module = next(s.site.module for s in made.sites if s.adapter == shared.adapter)
+        device = execution_device(module)
+        value = given.get(name)
+        if value is None:
+            value = materialize.shared_tensor(shared, seed, device)
+        parameter = nn.Parameter(
+            value.to(device, shared.dtype), requires_grad=shared.parameter.trained
+        )
+        mount.holder_at(bank, group).register_parameter(shared.parameter.name, parameter)
+    return banks
+
+
+def _register(
+    model: nn.Module, state: State, made: Plan, seed: int, flags: dict[str, bool]
+) -> None:
+    first = state.live is None and not state.adapters
+    for name in made.adapters:
+        state.adapters[name] = Adapter(name, made, seed)
+    state.flags = flags
+    keep_state(model, state)
+    if first and made.adapters:
+        Compiled(model).activate(made.adapters[0])
+
+
+def _take_off(
+    model: nn.Module, made: Plan, state: State, flags: dict[str, bool], fresh: bool
+) -> None:
+    for site in made.sites:
+        if state.live in made.adapters:
+            mount.dismount(site.site.module)
+        mount.remove_parameters(site.site.module, site.adapter)
+    for name in made.adapters:
+        mount.remove_parameters(model, name)
+        state.adapters.pop(name, None)
+    mount.set_requires_grad(model, flags)
+    if fresh:
+        forget_state(model)
+
+
+# ------------------------------------------------------------------------------------ attach
+
+
+def attach(
+    directory: str | Path, model: nn.Module, *, dtype: torch.dtype | None = None
+) -> Compiled:
+    """Put a saved adapter, ours or peft's, on a model. No code of the folder is run.
+
+    The sites and methods are those that the folder states; nothing is selected again. Raises
+    ArtifactError for a folder that is not whole, PlanError where it does not fit this model; the
+    model is left as it was.
+    """
+    loaded = artifact.load_artifact(Path(directory), model)
+    made = plan_assignments(loaded.resolved, model, loaded.assignments, loaded.adapter, dtype)
+    lower.check(made)
+    artifact.check_tensors(made, loaded)
+    return _put_on(model, made, loaded.seed, loaded.tensors)
+
+
+def of(model: nn.Module) -> Compiled:
+    """The handle of an adapted model again. Raises StateError (E401) if it has no adapter."""
+    require_state(model)
+    return Compiled(model)
+
+
+# ----------------------------------------------------------------------------------- tensors
+
+
+def tensor_name(path: str, adapter: str, name: str) -> str:
+    """The name of a parameter in the adapted model."""
+    prefix = f"{path}." if path else ""
+    return f"{prefix}{ADAPTERS}.{adapter}.{name}"
+
+
+def shared_name(adapter: str, group: str, name: str) -> str:
+    """The name of a shared parameter in the adapted model."""
+    return f"{ADAPTERS}.{adapter}.{lower.SHARED}.{group}.{name}"
+
+
+def tensors_of(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+    """All tensors of an adapter by their names in the model, shared ones once and whole."""
+    found: dict[str, Tensor] = {}
+    for site in adapter.sites:
+        values = parameters_at(model, adapter.plan, site)
+        for p in site.form.parameters:
+            if not p.shared:
+                found[tensor_name(site.path, adapter.name, p.name)] = values[p.name].detach()
+    for shared in adapter.plan.shared:
+        if shared.adapter == adapter.name:
+            group, _ = lower.bank_names(adapter.plan)[shared.key]
+            value = shared_parameter(model, adapter.name, group, shared.parameter.name)
+            found[shared_name(adapter.name, group, shared.parameter.name)] = value.detach()
+    return found
+
+
+def _begin_pending(model: nn.Module, adapter: Adapter) -> None:
+    for site in adapter.sites:
+        if execution_device(site.site.module).type == "meta":
+            continue
+        holder = holder_of(site.site.module)
+        assert holder is not None
+        known = parameters_at(model, adapter.plan, site)
+        ready = {n: t.detach() for n, t in known.items() if not t.is_meta}
+        values = materialize.site_tensors(site, adapter.seed, ready)
+        trained = frozenset(p.name for p in site.form.parameters if p.trained)
+        waiting = {n: v for n, v in values.items() if n not in ready}
+        mount.add_parameters(site.site.module, adapter.name, mount.Tensors(waiting, trained))
+
+
+__all__ = ["Compiled", "Resolved", "attach", "check", "compile_model", "of", "plan"]

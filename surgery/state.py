@@ -1,0 +1,91 @@
+"""What a model knows of its own surgery; it lies on the model, so copies and pickles carry it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor, nn
+
+from surgery.errors import refuse
+from surgery.model.storage import Kept
+from surgery.plan import Plan, PlannedSite
+
+_ATTRIBUTE = "_surgery_state"
+
+Undo = Literal["exact", "algebraic", "none"]
+
+
+@dataclass(slots=True)
+class Adapter:
+    """One adapter on the model: the plan it came from, its seed, and the name it has there."""
+
+    name: str
+    plan: Plan
+    seed: int
+
+    @property
+    def sites(self) -> Iterator[PlannedSite]:
+        """The sites of this adapter, in module order."""
+        return (s for s in self.plan.sites if s.adapter == self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class MergedSite:
+    """What a merge kept of one site.
+
+    weight, bias: the base's own, where they were replaced and the undo is exact.
+    witnesses: by name, in float64, where the undo is algebraic.
+    """
+
+    site: PlannedSite
+    weight: Kept | None = None
+    bias: Kept | None = None
+    witnesses: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+
+@dataclass(slots=True)
+class State:
+    """Live, trained and merged are three separate states.
+
+    adapters: by name, in the order in which they came.
+    flags: `requires_grad` of every base parameter before the first surgery, by name.
+    live: the adapter that the forward runs, or None.
+    merged: by path; empty unless `live` is merged.
+    undo: how the merge can be taken back.
+    """
+
+    adapters: dict[str, Adapter] = field(default_factory=dict[str, Adapter])
+    flags: dict[str, bool] = field(default_factory=dict[str, bool])
+    live: str | None = None
+    merged: dict[str, MergedSite] = field(default_factory=dict[str, MergedSite])
+    is_merged: bool = False
+    undo: Undo = "exact"
+
+
+def state_of(model: nn.Module) -> State | None:
+    """The model's state, or None if it was never adapted."""
+    return vars(model).get(_ATTRIBUTE)
+
+
+def require_state(model: nn.Module) -> State:
+    """The model's state. Raises StateError (E401) if it was never adapted, or was unloaded."""
+    state = state_of(model)
+    if state is None:
+        refuse(
+            "E401",
+            "this model has no adapter",
+            hint="surgery.compile(spec, model) or surgery.attach(folder, model) puts one on it",
+        )
+    return state
+
+
+def keep_state(model: nn.Module, state: State) -> None:
+    """Let the model carry its state."""
+    vars(model)[_ATTRIBUTE] = state
+
+
+def forget_state(model: nn.Module) -> None:
+    """The model is as if it had never been adapted."""
+    vars(model).pop(_ATTRIBUTE, None)

@@ -1,0 +1,186 @@
+"""Trying an adapter out on a model: does merged agree with forward, and does the base come back?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from surgery.algebra.beginnings import stream
+from surgery.check import Values
+from surgery.mount import under_adapters
+from surgery.plan import Plan
+from surgery.runtime import Compiled, SpecLike, compile_model
+from surgery.state import state_of
+
+Run = Callable[[nn.Module], object]
+
+_NUDGE = 0.02  # how far parameters are moved from where they begin, so that they do something
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What was seen. Differences are the largest between two outputs, over all their elements.
+
+    sites: how many were adapted.
+    start: adapted against base before any training; 0 where the method begins as the identity.
+    effect: adapted against base once the parameters were moved.
+    forward_vs_merged: adapted against merged, at the same parameters.
+    unmerge_exact, unload_exact: whether every bit of every base tensor came back.
+    mergeable: whether there is a merged weight at every site; if not, `reason` says why.
+    """
+
+    sites: int
+    start: float
+    effect: float
+    forward_vs_merged: float
+    unmerge_exact: bool
+    unload_exact: bool
+    mergeable: bool = True
+    reason: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the base came back exactly, and merged agrees with forward to rounding."""
+        agrees = self.forward_vs_merged <= 1e-3 * max(1.0, self.effect)
+        return self.unmerge_exact and self.unload_exact and (agrees or not self.mergeable)
+
+    def as_json(self) -> dict[str, object]:
+        """The findings as plain data."""
+        return {**asdict(self), "passed": self.passed}
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.sites} sites were adapted; before training the output moved by {self.start:.2g}.",
+            f"With its parameters moved, the adapter changes the output by up to {self.effect:.2g}.",
+        ]
+        if self.mergeable:
+            lines.append(
+                f"Merged into the weights it gives the same output to {self.forward_vs_merged:.2g}."
+            )
+            came = "came back to the bit" if self.unmerge_exact else "DID NOT COME BACK"
+            lines.append(f"After unmerge the base weights {came}.")
+        else:
+            lines.append(f"It cannot be merged: {self.reason}.")
+        came = "is the model it was, to the bit" if self.unload_exact else "IS NOT WHAT IT WAS"
+        lines.append(f"After unload the model {came}.")
+        return "\n".join(lines)
+
+
+def verify(
+    spec: SpecLike,
+    model: nn.Module,
+    run: Run,
+    *,
+    seed: int = 0,
+    values: Values | None = None,
+    progress: Callable[[str], None] = lambda step: None,
+) -> Verification:
+    """Compile a spec on a model, move the parameters, merge, unmerge, merge again and unload.
+
+    run: calls the model on some input and gives its output; it is called in evaluation mode and
+        without gradients. progress: told the name of each step.
+    The model is as it was afterwards, whatever happens. Raises SurgeryError as `compile` does.
+    """
+    before = _snapshot(model)
+    training = model.training
+    model.eval()
+    progress("base")
+    base = _outputs(run, model)
+    progress("compile")
+    compiled = compile_model(spec, model, seed=seed, values=values)
+    try:
+        return _observed(compiled, run, base, before, seed, progress)
+    finally:
+        if state_of(model) is not None:
+            compiled.inverse.unload()
+        model.train(training)
+
+
+def _observed(
+    compiled: Compiled,
+    run: Run,
+    base: list[Tensor],
+    before: Mapping[str, Tensor],
+    seed: int,
+    progress: Callable[[str], None],
+) -> Verification:
+    model, plan = compiled.model, compiled.plan
+    progress("forward")
+    start = _distance(base, _outputs(run, model))
+    _nudge(compiled, seed)
+    adapted = _outputs(run, model)
+    reason = next((s.form.derived.reason for s in plan.sites if not s.form.derived.merged), "")
+    distance, unmerged = 0.0, True
+    if not reason:
+        progress("merge")
+        compiled.inverse.merge()
+        distance = _distance(adapted, _outputs(run, model))
+        progress("unmerge")
+        compiled.inverse.unmerge()
+        unmerged = _same(before, _snapshot(model))
+        compiled.inverse.merge()
+    progress("unload")
+    compiled.inverse.unload()
+    return Verification(
+        sites=_count(plan),
+        start=start,
+        effect=_distance(base, adapted),
+        forward_vs_merged=distance,
+        unmerge_exact=unmerged,
+        unload_exact=_same(before, _snapshot(model)),
+        mergeable=not reason,
+        reason=reason,
+    )
+
+
+def _count(plan: Plan) -> int:
+    return len({site.path for site in plan.sites})
+
+
+def _nudge(compiled: Compiled, seed: int) -> None:
+    with torch.no_grad():
+        for name, parameter in compiled.model.named_parameters():
+            if under_adapters(name) and parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=stream(seed, "verify", name))
+                parameter.add_(_NUDGE * noise.to(parameter.device, parameter.dtype))
+
+
+def _snapshot(model: nn.Module) -> dict[str, Tensor]:
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
+    return {n: t.detach().clone() for n, t in named if not under_adapters(n)}
+
+
+def _same(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> bool:
+    return before.keys() == after.keys() and all(_bits_equal(before[n], after[n]) for n in before)
+
+
+def _bits_equal(a: Tensor, b: Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def _outputs(run: Run, model: nn.Module) -> list[Tensor]:
+    with torch.no_grad():
+        return [t.detach().double() for t in tensors_in(run(model)) if t.is_floating_point()]
+
+
+def tensors_in(output: object) -> Iterator[Tensor]:
+    """Every tensor of a model's output: a tensor, or tensors in tuples, lists and mappings."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in cast("Mapping[str, Any]", output).values():
+            yield from tensors_in(value)
+    elif isinstance(output, tuple | list):
+        for value in cast("tuple[Any, ...]", output):
+            yield from tensors_in(value)
+
+
+def _distance(left: list[Tensor], right: list[Tensor]) -> float:
+    pairs = zip(left, right, strict=True)
+    return max((float((a - b).abs().max()) for a, b in pairs if a.numel()), default=0.0)
