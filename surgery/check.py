@@ -179,7 +179,10 @@ def _params(spec: ast.Spec, values: Values, report: Report) -> dict[str, object]
     for name, param in declared.items():
         # A param that failed is open, so that what uses it is not reported as well.
         params[name] = Open(name)
-        _try(report, lambda name=name, param=param: params.update({name: _param(param, values, params)}))
+        _try(
+            report,
+            lambda name=name, param=param: params.update({name: _param(param, values, params)}),
+        )
     return params
 
 
@@ -260,9 +263,7 @@ def _check_application(
         _try(report, lambda: arguments(application, method, names))
 
 
-def _signature_problems(
-    application: ast.Application, method: ast.Method
-) -> Iterable[Diagnostic]:
+def _signature_problems(application: ast.Application, method: ast.Method) -> Iterable[Diagnostic]:
     known = {a.name: a for a in method.arguments}
     seen: set[str] = set()
     for keyword in application.arguments:

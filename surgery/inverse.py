@@ -19,6 +19,7 @@ from surgery.algebra.rules import is_zero
 from surgery.errors import Report, refuse
 from surgery.lower import SHARED, bank_names, key_of
 from surgery.model import storage
+from surgery.model.holder import children_of, holder_of
 from surgery.model.hooked import execution_device, release
 from surgery.mount import (
     dismount,
@@ -28,7 +29,6 @@ from surgery.mount import (
     set_requires_grad,
 )
 from surgery.plan import Plan, PlannedSite
-from surgery.model.holder import children_of, holder_of
 from surgery.state import MergedSite, State, Undo, forget_state, require_state
 
 

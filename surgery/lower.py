@@ -14,11 +14,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch.fx.proxy import GraphAppendingTracer
 
 from surgery.algebra.expr import Expr
 from surgery.algebra.interpret import Domain, Interpreter, Unlowerable
 from surgery.errors import Report
 from surgery.model.holder import ADAPTERS
+from surgery.model.layers import InputForm
 from surgery.plan import Plan, SiteClass
 
 SHARED = "shared"
@@ -53,7 +55,7 @@ class SiteGraph:
 
 
 def cast_to(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in a dtype; as it is under autocast, which casts where it must."""
+    """X in a dtype; as it is under autocast, which casts where it must."""
     if torch.is_autocast_enabled(x.device.type):
         return x
     return x.to(dtype)
@@ -123,9 +125,9 @@ def bank_names(plan: Plan) -> Mapping[tuple[object, ...], tuple[str, tuple[int, 
 class _GraphPort:
     """What a site offers, as nodes of a graph."""
 
-    def __init__(self, graph: fx.Graph, tracer: fx.Tracer, form: SiteClass) -> None:
+    def __init__(self, graph: fx.Graph, tracer: GraphAppendingTracer, form: SiteClass) -> None:
         self.form_class = form
-        self.form = form.kind.input
+        self.form: InputForm = form.kind.input
         self.groups = form.sizes.groups
         self.mixed = form.dtype != form.base_dtype
         self.graph = graph
@@ -177,7 +179,7 @@ class _GraphPort:
 def _build(key: Lowering) -> fx.Graph:
     form = key.form
     graph = fx.Graph()
-    tracer = fx.proxy.GraphAppendingTracer(graph)
+    tracer = GraphAppendingTracer(graph)
     x = fx.Proxy(graph.placeholder(form.kind.argument), tracer)
     port = _GraphPort(graph, tracer, form)
     leaves = _Leaves(key, port)

@@ -8,12 +8,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from surgery.algebra.axes import evaluate
 from surgery.algebra.beginnings import draw, stream
 from surgery.algebra.elaborate import Parameter, Random
-from surgery.algebra.expr import Expr, depends_on, BIAS, WEIGHT
+from surgery.algebra.expr import BIAS, WEIGHT, Expr, depends_on
 from surgery.algebra.interpret import Domain, Evaluator
 from surgery.algebra.rules import constant
-from surgery.algebra.axes import evaluate
 from surgery.model.hooked import execution_device
 from surgery.model.storage import read, read_bias
 from surgery.plan import PlannedSite, SharedParameter, SiteClass

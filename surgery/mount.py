@@ -6,12 +6,11 @@ the adapter's parameters live in a child of the site. Nothing else of the module
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
 from surgery.lower import SHARED, Lowering, lower
@@ -143,13 +142,6 @@ def parameter_of(module: nn.Module, adapter: str, name: str) -> nn.Parameter:
     return cast("dict[str, nn.Parameter]", vars(child)["_parameters"])[name]
 
 
-def named_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module that keeps adapters, with its path."""
-    for path, module in model.named_modules():
-        if holder_of(module) is not None:
-            yield path, module
-
-
 def requires_grad_flags(model: nn.Module) -> dict[str, bool]:
     """The flag of every base parameter, by name; tied ones under each name."""
     named = model.named_parameters(remove_duplicate=False)
@@ -170,8 +162,3 @@ def set_requires_grad(model: nn.Module, flags: Mapping[str, bool] | None) -> Non
 def under_adapters(name: str) -> bool:
     """Whether a parameter's name lies below an adapter's holder."""
     return f".{ADAPTERS}." in f".{name}"
-
-
-def device_of(tensor: Tensor | None) -> torch.device:
-    """Where a tensor lies; meta if there is none yet."""
-    return torch.device("meta") if tensor is None else tensor.device

@@ -78,7 +78,9 @@ def _equations(plan: Plan) -> list[str]:
         lines[f"{form.method.name}: {form.equation}"] = None
         lines[f"  {form.derived.merge_class}: {note}"] = None
         if _adds_bias(site):
-            lines[f"  {form.method.name} adds a bias to layers that have none when it is merged"] = None
+            lines[
+                f"  {form.method.name} adds a bias to layers that have none when it is merged"
+            ] = None
     return list(lines)
 
 

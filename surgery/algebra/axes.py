@@ -134,8 +134,8 @@ def names_in(value: Size) -> frozenset[str]:
     found: set[str] = set()
     for monomial, _ in value.terms:
         for atom, _ in monomial:
-            found |= {atom.name} if not atom.function else set().union(
-                *map(names_in, atom.arguments)
+            found |= (
+                {atom.name} if not atom.function else set().union(*map(names_in, atom.arguments))
             )
     return frozenset(found)
 

@@ -151,9 +151,7 @@ def _affine(expr: Expr, x: _Affine, y: _Affine) -> _Affine:
     match expr.op:
         case "add" | "sub":
             a, b = (_affine(e, x, y) for e in expr.args)
-            return _Affine(
-                make(expr.op, a.matrix, b.matrix), make(expr.op, a.constant, b.constant)
-            )
+            return _Affine(make(expr.op, a.matrix, b.matrix), make(expr.op, a.constant, b.constant))
         case "neg":
             a = _affine(expr.args[0], x, y)
             return _Affine(make("neg", a.matrix), make("neg", a.constant))

@@ -227,9 +227,7 @@ class Interpreter(Evaluator):
                 offset = right.offset if alpha > 0 else make("neg", right.offset)
         return replace(left, tensor=tensor, offset=offset)
 
-    def mapped(
-        self, expr: Expr, v: Vector, function: Callable[[Tensor], Tensor]
-    ) -> Vector | None:
+    def mapped(self, expr: Expr, v: Vector, function: Callable[[Tensor], Tensor]) -> Vector | None:
         """A function that is the matrix `expr` on features."""
         features = self.features(v)
         if features is None or (features.grouped and expr.shape[0] == OUT):

@@ -92,9 +92,7 @@ class Applier(Protocol):
         """left + alpha * right."""
         ...
 
-    def mapped(
-        self, expr: Expr, v: Vector, function: Callable[[Tensor], Tensor]
-    ) -> Vector | None:
+    def mapped(self, expr: Expr, v: Vector, function: Callable[[Tensor], Tensor]) -> Vector | None:
         """A function that is `expr` on features; None where v has none or its rows are grouped."""
         ...
 
@@ -433,9 +431,7 @@ def _layout(name: str) -> ValueRule:
     return value
 
 
-def _einops(
-    name: str, a: Tensor, pattern: str, by: str | None, sizes: dict[str, int]
-) -> Tensor:
+def _einops(name: str, a: Tensor, pattern: str, by: str | None, sizes: dict[str, int]) -> Tensor:
     import einops
     from torch import fx
 

@@ -59,9 +59,7 @@ def matmul(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
 
 def _inner(left: Shape, right: Shape, row: Size) -> None:
     if left[-1] != row:
-        raise Mismatch(
-            f"{show(left)} @ {show(right)}: the inner sizes {left[-1]} and {row} differ"
-        )
+        raise Mismatch(f"{show(left)} @ {show(right)}: the inner sizes {left[-1]} and {row} differ")
 
 
 def transpose(args: tuple[Expr, ...], attrs: Attrs) -> Shape:

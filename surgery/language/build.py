@@ -133,9 +133,7 @@ def _tuple(span: Span, children: Sequence[Any]) -> tuple[Any, ...]:
 
 def _declaration(span: Span, children: Sequence[Any]) -> ast.Declaration:
     role, name, shape, beginning = children
-    return ast.Declaration(
-        name.id, shape, beginning, "train" in role, "shared" in role, span=span
-    )
+    return ast.Declaration(name.id, shape, beginning, "train" in role, "shared" in role, span=span)
 
 
 def _draw(span: Span, children: Sequence[Any]) -> ast.Draw:

@@ -28,7 +28,7 @@ RESERVED = ("share", "untie", "at", "init", "lr", "stack", "parallel", "average"
 _FRIENDLY = {
     "NAME": "a name",
     "NUMBER": "a number",
-    "TEXT": 'a text in double quotes',
+    "TEXT": "a text in double quotes",
     "REGEX": "a /regex/",
     "GLOB": "a name or glob",
     "TRUTH": "true or false",

@@ -176,7 +176,9 @@ class _Reader:
     def group(self, start: int) -> Part:
         if self.peek() == "?":
             if self.text[self.at : self.at + 2] != "?:":
-                self.fail("look-around and named groups are not part of selectors", start, self.at + 2)
+                self.fail(
+                    "look-around and named groups are not part of selectors", start, self.at + 2
+                )
             self.at += 2
         inside = self.choice()
         if self.peek() != ")":

@@ -113,9 +113,7 @@ class Subscript(Node):
     items: tuple[Slice, ...]
 
 
-Expression = (
-    Number | Text | Truth | Name | Call | Binary | Unary | Conditional | Slice | Subscript
-)
+Expression = Number | Text | Truth | Name | Call | Binary | Unary | Conditional | Slice | Subscript
 
 # ------------------------------------------------------------------- selectors and scopes
 

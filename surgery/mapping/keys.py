@@ -77,6 +77,7 @@ class StateDictMapping:
     base: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        """Refuse names that are not distinct."""
         report = Report()
         forms = {s.format for row in self.rows for s in row.spellings}
         for adapter in self.adapters or ("",):

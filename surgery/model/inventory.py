@@ -78,6 +78,11 @@ class Inventory:
     pool: tuple[int, ...]
     ties: Mapping[str, tuple[str, ...]]
 
+    @property
+    def by_path(self) -> dict[str, int]:
+        """The candidates by path."""
+        return {self.entries[index].path: index for index in self.pool}
+
     def children(self, index: int) -> list[int]:
         """The direct children of an entry, in order."""
         found: list[int] = []

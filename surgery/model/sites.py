@@ -19,7 +19,7 @@ from surgery.model.nearest import closest, listing, plural, tails
 from surgery.model.scopes import Names, Region, resolve
 from surgery.model.storage import unreadable
 
-__all__ = ["Inventory", "Names", "Site", "select", "survey"]
+__all__ = ["Inventory", "Names", "Site", "admit", "select", "survey"]
 
 
 def select(match: Match, inventory: Inventory, report: Report, names: Names) -> tuple[Site, ...]:
@@ -187,6 +187,17 @@ def _admit(found: _Found, span: Span, inventory: Inventory, report: Report) -> t
     for (code, reason, hint), entries in refused.items():
         _report_refusal(code, reason, hint, entries, span, report)
     return tuple(sites)
+
+
+def admit(index: int, span: Span, inventory: Inventory, report: Report) -> Site | None:
+    """The site of one entry of the pool; None where E207 to E210 was reported for it."""
+    entry = inventory.entries[index]
+    refusal = _refusal(entry, [index], inventory)
+    if refusal is None and entry.kind is not None:
+        return site_at(entry, entry.kind, entry.layer, None)
+    assert refusal is not None
+    _report_refusal(*refusal, [entry], span, report)
+    return None
 
 
 def _refusal(entry: Entry, indices: list[int], inventory: Inventory) -> tuple[str, str, str] | None:

@@ -1,0 +1,389 @@
+"""A saved adapter: a folder that holds the tensors and the mathematics, and needs no code.
+
+`adapter_model.safetensors` has the tensors, under peft's keys where one peft config expresses the
+adapter (`adapter_config.json`) and under native keys where not; `adapter.peft` has every method
+and format it uses; `mapping.json` has the sites as they were resolved, so that attaching selects
+nothing again; `inverse.json` says how a merge can be taken back.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import NoReturn, Protocol, TypeVar, cast
+
+from torch import Tensor, nn
+
+from surgery.algebra.expr import render
+from surgery.check import DEFAULT_ADAPTER, Arguments, Resolved, resolve, typed
+from surgery.errors import Report, SurgeryError, refuse
+from surgery.language import syntax as ast
+from surgery.language.library import Library
+from surgery.language.parse import parse_bytes
+from surgery.mapping import ForeignConfig, Reason, StateDictMapping, mapping_of, peft_config
+from surgery.mapping.keys import ADAPTED, NATIVE
+from surgery.plan import Assignment, Plan, PlannedSite, SiteClass, plan_assignments
+from surgery.store import (
+    TensorFile,
+    Writer,
+    json_writer,
+    read_json,
+    read_tensors,
+    read_text,
+    tensors_writer,
+    text_writer,
+    write_directory,
+)
+
+TENSORS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+SPEC = "adapter.peft"
+MAPPING = "mapping.json"
+INVERSE = "inverse.json"
+VERSION = 1
+
+_FILES = (TENSORS, CONFIG, SPEC, MAPPING, INVERSE)
+_FOREIGN = "surgery.integrations.peft"
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_PLAIN_PATH = re.compile(r"[A-Za-z0-9_.]+")
+_MOST_STATEMENTS = 1000
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class SaveReport:
+    """What was written. peft: "" if it is a peft folder too, else the reason why it is not."""
+
+    files: tuple[Path, ...]
+    peft: str
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a folder holds: an adapter's sites and methods, and its tensors by adapted names."""
+
+    resolved: Resolved
+    assignments: tuple[Assignment, ...]
+    tensors: Mapping[str, Tensor]
+    adapter: str
+    seed: int = 0
+
+
+# ------------------------------------------------------------------------------------- saving
+
+
+def save_adapter(
+    directory: Path, plan: Plan, adapter: str, tensors: Mapping[str, Tensor], seed: int
+) -> SaveReport:
+    """Write an adapter to a folder, all of it or nothing; what stood there before is replaced.
+
+    tensors: by adapted names, as `mapping_of` has them. Raises ArtifactError: E513 if it cannot be
+    written, E518 for a tensor that is none of the adapter's.
+    """
+    config = peft_config(plan, adapter)
+    mapping = mapping_of(plan).of_adapter(adapter)
+    form = NATIVE if isinstance(config, Reason) else config.format.name
+    files: dict[str, Writer] = {
+        TENSORS: tensors_writer(mapping.rename(tensors, ADAPTED, form), {"surgery": form}),
+        SPEC: text_writer(spec_text(plan, adapter)),
+        MAPPING: json_writer(_manifest(plan, adapter, mapping, config, seed)),
+        INVERSE: json_writer(inverse_data(plan, adapter)),
+    }
+    if isinstance(config, ForeignConfig):
+        files[CONFIG] = json_writer(config.values)
+    written = write_directory(directory, files, owned=_FILES)
+    return SaveReport(written, config.text if isinstance(config, Reason) else "")
+
+
+def _sites(plan: Plan, adapter: str) -> list[PlannedSite]:
+    return [s for s in plan.sites if s.adapter == adapter]
+
+
+def _manifest(
+    plan: Plan,
+    adapter: str,
+    mapping: StateDictMapping,
+    config: ForeignConfig | Reason,
+    seed: int,
+) -> dict[str, object]:
+    form = NATIVE if isinstance(config, Reason) else config.format.name
+    return {
+        "version": VERSION,
+        "adapter": adapter,
+        "seed": seed,
+        "form": form,
+        "peft": config.text if isinstance(config, Reason) else "",
+        "sites": [
+            {
+                "path": site.path,
+                "kind": site.form.kind.name,
+                "out": site.form.sizes.fan_out,
+                "in": site.form.sizes.fan_in,
+                "method": site.form.method.name,
+                "arguments": dict(site.form.arguments),
+            }
+            for site in _sites(plan, adapter)
+        ],
+        "tensors": [
+            {"file": row.key(form), "native": row.native, "adapted": row.adapted}
+            for row in mapping.rows
+        ],
+    }
+
+
+def spec_text(plan: Plan, adapter: str) -> str:
+    """A spec that carries the adapter's own mathematics: its methods, formats and statements.
+
+    Params have the values they were compiled with.
+    """
+    resolved = plan.resolved
+    methods = {s.form.method.name: s.form.method for s in _sites(plan, adapter)}
+    parts = ["# The adapter's own methods and formats. Its sites stand in mapping.json."]
+    parts += [m.span.text for m in methods.values()]
+    parts += [f.span.text for name in methods for f in resolved.library.formats(name)]
+    statements = dict(resolved.adapters).get(adapter, ())
+    if statements:
+        parts += list(_names(resolved))
+        parts += [s.span.text for s in statements]
+    else:
+        parts += _explicit(_sites(plan, adapter))
+    return "\n\n".join(parts) + "\n"
+
+
+def _names(resolved: Resolved) -> Iterator[str]:
+    for statement in resolved.spec.statements:
+        match statement:
+            case ast.Param():
+                value = _literal(resolved.values[statement.name])
+                yield f"param {statement.name}: {statement.type} = {value}"
+            case ast.Let():
+                yield statement.span.text
+            case _:
+                continue
+
+
+def _literal(value: object) -> str:
+    match value:
+        case bool():
+            return str(value).lower()
+        case str():
+            return f'"{value}"'
+        case _:
+            return repr(value)
+
+
+def _explicit(sites: list[PlannedSite]) -> list[str]:
+    """One statement a site, where the adapter came without any; none if that would be too long."""
+    if len(sites) > _MOST_STATEMENTS or not all(_PLAIN_PATH.fullmatch(s.path) for s in sites):
+        return []
+    return [
+        f"match {site.path} apply {site.form.method.name}"
+        f"({', '.join(f'{n} = {_literal(v)}' for n, v in site.form.arguments)})"
+        for site in sites
+    ]
+
+
+def inverse_data(plan: Plan, adapter: str) -> dict[str, object]:
+    """How a merge can be taken back, as plain data: a row a class of sites, an index a site."""
+    classes: dict[int, int] = {}
+    rows: list[dict[str, object]] = []
+    sites: dict[str, int] = {}
+    for site in _sites(plan, adapter):
+        if id(site.form) not in classes:
+            classes[id(site.form)] = len(rows)
+            rows.append(_inverse_row(site.form))
+        sites[site.path] = classes[id(site.form)]
+    return {"version": VERSION, "classes": rows, "sites": sites}
+
+
+def _inverse_row(form: SiteClass) -> dict[str, object]:
+    derived = form.derived
+    weight = derived.inverse.weight
+    return {
+        "method": form.method.name,
+        "merge": derived.merge_class,
+        "equation": form.equation,
+        "inverse": None if weight is None else f"W = {render(weight)}",
+        "witnesses": {name: render(expr) for name, expr in derived.inverse.witnesses},
+        "reason": derived.reason,
+    }
+
+
+# ------------------------------------------------------------------------------------ loading
+
+
+class _Foreign(Protocol):
+    def read_peft(self, directory: Path, model: nn.Module) -> Loaded: ...
+
+
+def load_artifact(directory: Path, model: nn.Module) -> Loaded:
+    """What a folder holds, ours or peft's, checked against the model. Nothing of it is run.
+
+    Raises ArtifactError with all that is wrong: E511 and E512 for files, E514 for a manifest that
+    does not hold together, E516 and E517 for what is no adapter, E518 for tensors that are missing,
+    too many or of another shape; DefinitionError and PlanError for methods that do not fit.
+    """
+    if (directory / MAPPING).is_file() and (directory / SPEC).is_file():
+        return _load_own(directory, model)
+    if (directory / CONFIG).is_file():
+        # Stands above this stage, and is imported only for such a folder.
+        return cast(_Foreign, importlib.import_module(_FOREIGN)).read_peft(directory, model)
+    what = "is no folder" if not directory.is_dir() else f"has neither {SPEC} nor {CONFIG}"
+    refuse("E517", f"{directory} {what}", hint="name a folder that was written by a save")
+
+
+def _load_own(directory: Path, model: nn.Module) -> Loaded:
+    manifest = _Manifest(directory / MAPPING, read_json(directory / MAPPING))
+    text = read_text(directory / SPEC)
+    spec = parse_bytes(text.encode(), str(directory / SPEC))
+    resolved = resolve(spec, Library.standard())
+    adapter = manifest.adapter
+    statements = dict(resolved.adapters).get(DEFAULT_ADAPTER, ())
+    resolved = replace(resolved, adapters=((adapter, statements),))
+    assignments = manifest.assignments(resolved)
+    plan = plan_assignments(resolved, model, assignments, adapter)
+    mapping = mapping_of(plan)
+    tensors = taken(mapping, read_tensors(directory / TENSORS), manifest.form)
+    return Loaded(resolved, assignments, tensors, adapter, manifest.seed)
+
+
+class _Manifest:
+    """`mapping.json`, of which nothing is believed before it is checked."""
+
+    def __init__(self, path: Path, data: Mapping[str, object]) -> None:
+        self.path = path
+        self.data = data
+        if data.get("version") != VERSION:
+            self._refuse(f"`version` is {data.get('version')!r}, and {VERSION} is known")
+
+    def _refuse(self, what: str) -> NoReturn:
+        refuse("E514", f"{self.path}: {what}", hint="save the adapter again")
+
+    @property
+    def adapter(self) -> str:
+        """The adapter's name, which becomes part of the names of modules."""
+        name = self.data.get("adapter")
+        if not isinstance(name, str) or not _IDENTIFIER.fullmatch(name):
+            self._refuse(f"`adapter` is {name!r}, which is no name")
+        return cast(str, name)
+
+    @property
+    def form(self) -> str:
+        """Under which keys the tensors stand."""
+        return self._typed("form", str)
+
+    @property
+    def seed(self) -> int:
+        """The seed of what can be drawn again."""
+        return self._typed("seed", int)
+
+    def _typed(self, name: str, kind: type[T]) -> T:
+        value = self.data.get(name)
+        if not isinstance(value, kind):
+            self._refuse(f"`{name}` is missing")
+        return cast(T, value)
+
+    def assignments(self, resolved: Resolved) -> tuple[Assignment, ...]:
+        """The sites with their methods and arguments. Raises with all that do not hold together."""
+        report = Report()
+        made: list[Assignment] = []
+        seen: set[str] = set()
+        for entry in self._typed("sites", list):
+            try:
+                one = self._assignment(cast("dict[str, object]", entry), resolved)
+            except SurgeryError as error:
+                report.extend(error.diagnostics)
+                continue
+            if one.path in seen:
+                report.error("E514", f"{self.path}: `{one.path}` stands twice")
+            seen.add(one.path)
+            made.append(one)
+        report.stop()
+        return tuple(made)
+
+    def _assignment(self, entry: Mapping[str, object], resolved: Resolved) -> Assignment:
+        wanted = {"path": str, "method": str, "arguments": dict}
+        if not all(isinstance(entry.get(n), kind) for n, kind in wanted.items()):
+            self._refuse(f"a site is not described by {', '.join(wanted)}")
+        path, name = str(entry["path"]), str(entry["method"])
+        method = resolved.library.method(name)
+        if method is None:
+            near = get_close_matches(name, resolved.library.names(), 1)
+            hint = f"did you mean `{near[0]}`?" if near else ""
+            refuse("E514", f"{self.path}: `{path}` has the unknown method `{name}`", hint=hint)
+        given = cast("dict[str, object]", entry["arguments"])
+        return Assignment(path, method, self._arguments(method, given), method.span)
+
+    def _arguments(self, method: ast.Method, given: Mapping[str, object]) -> Arguments:
+        names = [a.name for a in method.arguments]
+        if sorted(given) != sorted(names):
+            self._refuse(f"{method.name} has the arguments {names}, and here are {list(given)}")
+        return tuple(
+            (a.name, typed(given[a.name], a.type, a.name, a.span)) for a in method.arguments
+        )
+
+
+# ------------------------------------------------------------------------------------ tensors
+
+
+def taken(
+    mapping: StateDictMapping,
+    file: TensorFile,
+    form: str,
+    passed: Iterable[str] = (),
+) -> dict[str, Tensor]:
+    """The tensors of a file by adapted names, in the method's layout.
+
+    passed: keys that are not the adapter's, and are known to be harmless. Raises ArtifactError
+    (E518) that lists every key that is missing, unknown or of another shape.
+    """
+    report = Report()
+    rows = mapping.index(form)
+    found = file.shapes.keys() - set(passed)
+    _report_keys(rows.keys() - found, found - rows.keys(), file, report)
+    for key in sorted(rows.keys() & found):
+        wanted = rows[key].file_shape(form)
+        if file.shapes[key] != wanted:
+            report.error(
+                "E518",
+                f"`{key}` has shape {list(file.shapes[key])}, and the equation needs "
+                f"{list(wanted)}",
+            )
+    report.stop()
+    return {row.adapted: row.converted(file[key], form, ADAPTED) for key, row in rows.items()}
+
+
+def _report_keys(
+    missing: Iterable[str], extra: Iterable[str], file: TensorFile, report: Report
+) -> None:
+    absent, surplus = sorted(missing), sorted(extra)
+    for key in absent:
+        near = get_close_matches(key, surplus, 1, 0.8)
+        hint = f"`{near[0]}` stands there instead" if near else ""
+        report.error("E518", f"{file.path} lacks the tensor `{key}`", hint=hint)
+    for key in surplus:
+        near = get_close_matches(key, absent or file.shapes, 1, 0.8)
+        hint = f"the nearest that belongs there is `{near[0]}`" if near and absent else ""
+        report.error("E518", f"{file.path} has `{key}`, which is no tensor of it", hint=hint)
+
+
+def check_tensors(plan: Plan, loaded: Loaded) -> None:
+    """Whether a loaded adapter's tensors are those of a plan. Raises ArtifactError (E518)."""
+    report = Report()
+    rows = mapping_of(plan).index(ADAPTED, loaded.adapter)
+    for name in sorted(rows.keys() ^ loaded.tensors.keys()):
+        what = "is missing" if name in rows else "is no tensor of the adapter"
+        report.error("E518", f"`{name}` {what}")
+    for name in sorted(rows.keys() & loaded.tensors.keys()):
+        shape, wanted = tuple(loaded.tensors[name].shape), rows[name].shape
+        if shape != wanted:
+            report.error("E518", f"`{name}` has shape {list(shape)}, not {list(wanted)}")
+    report.stop()
+
+
+__all__ = ["Loaded", "SaveReport", "check_tensors", "load_artifact", "save_adapter"]

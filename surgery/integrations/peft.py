@@ -1,0 +1,228 @@
+"""Folders that Hugging Face peft wrote, read without it: the formats say what they mean.
+
+The sites are those that the tensors name; the method and its arguments come from the config, and
+whatever in it is not understood is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from surgery.artifact import CONFIG, TENSORS, Loaded, taken
+from surgery.check import DEFAULT_ADAPTER, Arguments, Names, Resolved
+from surgery.errors import Diagnostic, Report, Source, Span, refuse
+from surgery.language import syntax as ast
+from surgery.language.library import Library
+from surgery.mapping import mapping_of
+from surgery.mapping.fields import (
+    ConfigFile,
+    Found,
+    constant,
+    form_of,
+    read_site,
+    same,
+    shown,
+    unknown_fields,
+)
+from surgery.mapping.fields import Value as ValueForm
+from surgery.mapping.spelling import dialect_of
+from surgery.model.holder import ADAPTERS
+from surgery.model.layers import kind_of
+from surgery.plan import Assignment, plan_assignments
+from surgery.store import TensorFile, read_json, read_tensors, read_text
+
+NAME = "peft"
+_BASE_LAYER = ".base_layer."
+
+# Fields that every config of peft has, and that bear on neither sites nor mathematics here: the
+# tensors themselves say where the adapter stands, and the layer says how its weight lies.
+INFORMATIVE = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "peft_version",
+    "revision",
+    "task_type",
+)
+
+
+def read_peft(directory: Path, model: nn.Module) -> Loaded:
+    """The adapter of a peft folder, checked against the model.
+
+    Raises ArtifactError: E511 and E512 for files, E515 for a config field that changes what the
+    adapter computes in a way no method here has, E516 for a kind of adapter or a site that is not
+    known, E518 for tensors that are missing, too many or of another shape; PlanError.
+    """
+    path = directory / CONFIG
+    source = Source(str(path), read_text(path))
+    config = ConfigFile(read_json(path), Span(source, 0, 1))
+    file = _tensors(directory)
+    library = Library.standard()
+    base = _base_keys(file, model)
+    choice = _choose(library, config, [k for k in file.shapes if k not in base], model)
+    spec = ast.Spec((), span=config.source)
+    resolved = Resolved(spec, library, Names({}, {}), ((DEFAULT_ADAPTER, ()),))
+    plan = plan_assignments(resolved, model, choice, DEFAULT_ADAPTER)
+    tensors = taken(mapping_of(plan), file, NAME, base)
+    return Loaded(resolved, choice, tensors, DEFAULT_ADAPTER)
+
+
+def _tensors(directory: Path) -> TensorFile:
+    pickled = directory / "adapter_model.bin"
+    if not (directory / TENSORS).is_file() and pickled.is_file():
+        refuse(
+            "E512",
+            f"{pickled} is a pickle, which can run code when read",
+            hint="save it again with safe_serialization=True",
+        )
+    return read_tensors(directory / TENSORS)
+
+
+# ------------------------------------------------------------------------------ base tensors
+
+
+def _base_keys(file: TensorFile, model: nn.Module) -> frozenset[str]:
+    """The keys that are copies of the base's own tensors, which peft saves beside embeddings.
+
+    Raises ArtifactError (E518) for a copy that differs from the model's.
+    """
+    report, found = Report(), set[str]()
+    own = {
+        n: t for n, t in model.state_dict(keep_vars=True).items() if ADAPTERS not in n.split(".")
+    }
+    prefix = dialect_of(NAME).site
+    for key in file.shapes:
+        name = key.removeprefix(prefix).replace(_BASE_LAYER, ".")
+        if not key.startswith(prefix) or name not in own:
+            continue
+        found.add(key)
+        if not _equal(file, key, cast(Tensor, own[name])):
+            report.error(
+                "E518",
+                f"`{key}` is another `{name}` than the model's",
+                hint="attach the adapter to the base that it was trained on",
+            )
+    report.stop()
+    return frozenset(found)
+
+
+def _equal(file: TensorFile, key: str, own: Tensor) -> bool:
+    if file.shapes[key] != tuple(own.shape):
+        return False
+    return own.is_meta or torch.equal(file[key].to(own.dtype), own.detach().cpu())
+
+
+# ---------------------------------------------------------------------------------- choosing
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """One way to read a folder: a method with the arguments of each site, or what is against it."""
+
+    fmt: ast.Format
+    method: ast.Method
+    sites: Mapping[str, Arguments]
+    bound: int
+    problems: tuple[Diagnostic, ...]
+
+
+def _choose(
+    library: Library, config: ConfigFile, keys: list[str], model: nn.Module
+) -> tuple[Assignment, ...]:
+    """The method that the config means, of those that fit the one whose arguments it says most of.
+
+    Raises ArtifactError with what is against the method that comes nearest.
+    """
+    known = [f for n in library.names() for f in library.formats(n) if f.name == NAME]
+    kind = config.values.get("peft_type")
+    formats = [f for f in known if same(_kind(f), kind)]
+    if not formats:
+        kinds = sorted({str(_kind(f)) for f in known})
+        near = get_close_matches(str(kind), kinds, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        refuse(
+            "E516",
+            f"peft_type {shown(kind)} is not known",
+            config.span("peft_type"),
+            hint=f"{hint}there are: {', '.join(kinds)}",
+        )
+    candidates = [_candidate(f, library, config, keys, model) for f in formats]
+    best = min(candidates, key=lambda c: (len(c.problems), -c.bound))
+    report = Report()
+    report.extend(best.problems)
+    report.stop()
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    paths = sorted(best.sites, key=order.__getitem__)
+    span = config.span("peft_type")
+    return tuple(Assignment(p, best.method, best.sites[p], span) for p in paths)
+
+
+def _kind(fmt: ast.Format) -> object:
+    """The constant by which a format knows its own configs."""
+    for item in fmt.fields:
+        form = form_of(item)
+        if item.name == "peft_type" and isinstance(form, ValueForm):
+            return constant(form.expression)
+    return None
+
+
+def _candidate(
+    fmt: ast.Format, library: Library, config: ConfigFile, keys: list[str], model: nn.Module
+) -> _Candidate:
+    method = library.method(fmt.method)
+    assert method is not None  # the library names it
+    paths = dict.fromkeys(p for key in keys if (p := _path(fmt, key)) is not None)
+    report = Report()
+    report.extend(unknown_fields(fmt, config, INFORMATIVE))
+    if not paths:
+        report.error("E516", f"no tensor of the folder is one of {fmt.method}", config.source)
+    sites: dict[str, Arguments] = {}
+    bound = 0
+    for path, found in _read_sites(fmt, method, config, list(paths), model, report):
+        report.extend(found.problems)
+        sites[path] = found.arguments
+        bound = max(bound, len(found.bound))
+    return _Candidate(fmt, method, sites, bound, tuple(report.found))
+
+
+def _read_sites(
+    fmt: ast.Format,
+    method: ast.Method,
+    config: ConfigFile,
+    paths: list[str],
+    model: nn.Module,
+    report: Report,
+) -> Iterator[tuple[str, Found]]:
+    modules = dict(model.named_modules())
+    for path in paths:
+        module = modules.get(path)
+        kind = None if module is None else kind_of(module)
+        if module is None:
+            near = get_close_matches(path, modules, 1)
+            hint = f"the nearest is `{near[0]}`" if near else "it was made for another model"
+            report.error("E516", f"the model has no module `{path}`", hint=hint)
+        elif kind is None:
+            report.error("E516", f"`{path}` is a {type(module).__name__}, which has no known kind")
+        else:
+            yield path, read_site(fmt, method, config, path, kind.name)
+
+
+def _path(fmt: ast.Format, key: str) -> str | None:
+    """The site whose tensor a key is, or None if the format has no such tensor."""
+    prefix = dialect_of(fmt.name).site
+    if not key.startswith(prefix):
+        return None
+    name = f".{key.removeprefix(prefix)}"
+    endings = [f".{t.key}" for t in fmt.tensors if name.endswith(f".{t.key}")]
+    return name.removesuffix(max(endings, key=len))[1:] if endings else None

@@ -1,0 +1,289 @@
+"""Config fields of a format as data, and one site's arguments read off a config.
+
+A field's value is an expression over the method's arguments or one of a few calls; `form_of` sorts
+them, and reading undoes what writing does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import assert_never, cast
+
+from surgery.algebra.scalars import Scalars, plain
+from surgery.check import Arguments, typed
+from surgery.errors import Diagnostic, Span, SurgeryError, refuse
+from surgery.language import syntax as ast
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """An expression over the method's arguments."""
+
+    expression: ast.Expression
+
+
+@dataclass(frozen=True, slots=True)
+class Sites:
+    """`sites()`, `sites(side == "in")`: the paths where a condition holds."""
+
+    condition: ast.Expression | None
+
+
+@dataclass(frozen=True, slots=True)
+class BySite:
+    """`by_site(r)`: path to value, where it is not the value of the argument's own field."""
+
+    argument: str
+
+
+@dataclass(frozen=True, slots=True)
+class OneOf:
+    """`one_of(a, b, reason = "…")`: the first is written, the others are read as well."""
+
+    values: tuple[object, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Anything:
+    """`any()`: of no consequence; not written."""
+
+
+Form = Value | Sites | BySite | OneOf | Anything
+
+
+def form_of(item: ast.Field) -> Form:
+    """What kind of field it is. Raises DefinitionError (E104) for a call with wrong arguments."""
+    match item.value:
+        case ast.Call("sites", ()):
+            return Sites(None)
+        case ast.Call("sites", (condition,)):
+            return Sites(condition)
+        case ast.Call("by_site", (ast.Name(id=name),)):
+            return BySite(name)
+        case ast.Call("any", ()):
+            return Anything()
+        case ast.Call("one_of", values, keywords) if values:
+            reasons = [k.value.value for k in keywords if isinstance(k.value, ast.Text)]
+            return OneOf(tuple(map(constant, values)), " ".join(reasons))
+        case ast.Call("sites" | "by_site" | "any" | "one_of"):
+            refuse("E104", "sites(…), by_site(argument), any() or one_of(…)", item.value.span)
+        case expression:
+            return Value(expression)
+
+
+def constant(expression: ast.Expression) -> object:
+    """The value of an expression without names. Raises DefinitionError."""
+    return plain(Scalars({})(expression))
+
+
+def default_of(item: ast.Field) -> object:
+    """What an absent field means; None where the format does not say."""
+    return None if item.default is None else constant(item.default)
+
+
+def holds_at(item: ast.Field, kind: str) -> bool:
+    """Whether a field has an effect at sites of a kind."""
+    return not item.kinds or kind in item.kinds
+
+
+def same(left: object, right: object) -> bool:
+    """Equal as a config's values are: `1` and `1.0` are, `1` and `true` are not."""
+    return left == right and isinstance(left, bool) is isinstance(right, bool)
+
+
+def shown(value: object) -> str:
+    """A value as a config file has it."""
+    import json
+
+    return json.dumps(value, default=str)
+
+
+# ------------------------------------------------------------------------------------ reading
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a config says at one site: the arguments, or why they cannot be had.
+
+    bound: the arguments that the config itself named.
+    """
+
+    arguments: Arguments
+    problems: tuple[Diagnostic, ...] = ()
+    bound: frozenset[str] = frozenset()
+
+
+@dataclass(slots=True)
+class ConfigFile:
+    """A config with its text, so that a finding can point into it."""
+
+    values: Mapping[str, object]
+    source: Span = field(repr=False)
+
+    def span(self, name: str) -> Span:
+        """Where a field stands; the beginning of the file if it stands nowhere."""
+        found = re.search(rf'"{re.escape(name)}"\s*:\s*[^\n,]*', self.source.source.text)
+        if found is None:
+            return self.source
+        return Span(self.source.source, found.start(), found.end())
+
+
+def read_site(
+    fmt: ast.Format, method: ast.Method, config: ConfigFile, path: str, kind: str
+) -> Found:
+    """The method's arguments at a site, as a config of this format states them."""
+    try:
+        return _Reader(fmt, method, config, path, kind).run()
+    except SurgeryError as error:
+        return Found((), error.diagnostics)
+
+
+class _Reader:
+    """Binds what fields name, takes the method's defaults for the rest, and checks every field."""
+
+    def __init__(
+        self, fmt: ast.Format, method: ast.Method, config: ConfigFile, path: str, kind: str
+    ) -> None:
+        self.fields = [(item, form_of(item)) for item in fmt.fields]
+        self.method = method
+        self.config = config
+        self.path = path
+        self.kind = kind
+        self.types = {a.name: a.type for a in method.arguments}
+        self.bound: dict[str, object] = {}
+        self.overridden: set[str] = set()
+
+    def run(self) -> Found:
+        for item, form in self.fields:
+            self._bind(item, form)
+        arguments = tuple(self._completed().items())
+        names = dict(arguments)
+        problems = tuple(p for item, form in self.fields for p in self._check(item, form, names))
+        return Found(arguments, problems, frozenset(self.bound))
+
+    def value(self, item: ast.Field) -> object:
+        """What the config says of a field at this site."""
+        if not holds_at(item, self.kind):
+            return default_of(item)
+        return self.config.values.get(item.name, default_of(item))
+
+    # ----------------------------------------------------------------------------- binding
+
+    def _bind(self, item: ast.Field, form: Form) -> None:
+        match form:
+            case Value(expression):
+                self._solve(expression, self.value(item), item)
+            case Sites(condition) if condition is not None:
+                if _member(self.path, self.value(item)):
+                    self._solve(condition, True, item)
+            case BySite(argument):
+                override = _override(self.path, self.value(item))
+                if override is not None:
+                    self.overridden.add(argument)
+                    self._take(argument, override, item)
+            case Sites() | OneOf() | Anything():
+                pass
+            case _:
+                assert_never(form)
+
+    def _solve(self, expression: ast.Expression, value: object, item: ast.Field) -> None:
+        """Bind the argument that makes an expression have a value, where one can be told."""
+        match expression:
+            case ast.Name(id=name) if name in self.types and name not in self.overridden:
+                self._take(name, value, item)
+            case ast.Binary("==", ast.Name(id=name), other) if value is True:
+                self._take(name, constant(other), item)
+            case ast.Conditional(then, ast.Binary("==", ast.Name()) as condition, other):
+                first = not isinstance(then, ast.Name) and same(constant(then), value)
+                self._solve(condition if first else other, True if first else value, item)
+            case _:
+                pass  # nothing to bind; the check compares
+
+    def _take(self, name: str, value: object, item: ast.Field) -> None:
+        span = self.config.span(item.name)
+        self.bound[name] = typed(value, self.types[name], item.name, span)
+
+    def _completed(self) -> dict[str, object]:
+        values: dict[str, object] = {}
+        for argument in self.method.arguments:
+            if argument.name in self.bound:
+                values[argument.name] = self.bound[argument.name]
+            elif argument.default is not None:
+                value = Scalars(values)(argument.default)
+                values[argument.name] = typed(value, argument.type, argument.name, argument.span)
+            else:
+                refuse(
+                    "E515",
+                    f"the config does not say `{argument.name}` of {self.method.name}",
+                    self.config.source,
+                )
+        return values
+
+    # ---------------------------------------------------------------------------- checking
+
+    def _check(
+        self, item: ast.Field, form: Form, names: Mapping[str, object]
+    ) -> Iterator[Diagnostic]:
+        found = self.value(item)
+        match form:
+            case Value(expression):
+                # A field whose argument stands in a pattern for this site says the others' value.
+                pattern = isinstance(expression, ast.Name) and expression.id in self.overridden
+                wanted = plain(Scalars(names)(expression))
+                if not pattern and not same(found, wanted):
+                    yield self._mismatch(item, found, f"{self.method.name} has {shown(wanted)}")
+            case OneOf(values, reason):
+                if not any(same(found, v) for v in values):
+                    yield self._mismatch(item, found, reason)
+            case Sites(condition) if condition is not None:
+                member = _member(self.path, found)
+                if Scalars(names).holds(condition) is not member:
+                    yield self._mismatch(item, found, f"it does not settle `{self.path}`")
+            case Sites() | BySite() | Anything():
+                pass
+            case _:
+                assert_never(form)
+
+    def _mismatch(self, item: ast.Field, found: object, reason: str) -> Diagnostic:
+        given = item.name in self.config.values
+        what = shown(found) if given else f"absent, which means {shown(found)}"
+        message = f"`{item.name}` is {what}: {reason}"
+        return Diagnostic("E515", message, self.config.span(item.name))
+
+
+def _member(path: str, value: object) -> bool:
+    """Whether a list of endings, or a regex for the whole path, takes a path."""
+    match value:
+        case str():
+            return re.fullmatch(value, path) is not None
+        case list():
+            return any(path.endswith(str(e)) for e in cast("list[object]", value))
+        case _:
+            return False
+
+
+def _override(path: str, value: object) -> object:
+    """The value of the first pattern that takes the end of a path; None if none does."""
+    patterns = cast("dict[str, object]", value) if isinstance(value, dict) else {}
+    for pattern, found in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return found
+    return None
+
+
+def unknown_fields(
+    fmt: ast.Format, config: ConfigFile, informative: Iterable[str]
+) -> Iterator[Diagnostic]:
+    """E515 for every field that the format does not know and that is not off."""
+    known = {item.name for item in fmt.fields} | set(informative)
+    for name, value in config.values.items():
+        if name not in known and not (value is None or value is False or value in ([], {}, "")):
+            yield Diagnostic(
+                "E515",
+                f"`{name}` is {shown(value)}, which `{fmt.method}` knows nothing of",
+                config.span(name),
+                hint="it may change what the adapter computes, so it is not passed over",
+            )

@@ -1,0 +1,164 @@
+"""The data of a plan: classes of sites that are alike, the sites, what they share, the whole.
+
+All of it is frozen, and all that is derived from a class of sites is derived once for the class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+
+import torch
+
+from surgery.algebra.axes import Size, evaluate
+from surgery.algebra.derive import Derived
+from surgery.algebra.elaborate import Parameter
+from surgery.algebra.expr import render
+from surgery.check import Arguments, Resolved
+from surgery.errors import Diagnostic, Span
+from surgery.language import syntax as ast
+from surgery.model.layers import Geometry, LayerKind, Sizes
+from surgery.model.sites import Site
+from surgery.report import plan_json, plan_table
+
+
+@dataclass(frozen=True)
+class SiteClass:
+    """A method with its arguments at one shape of site.
+
+    shapes: of each parameter, in elements, as this site sees it.
+    dtype: of the parameters.
+    """
+
+    method: ast.Method
+    arguments: Arguments
+    derived: Derived
+    kind: LayerKind
+    sizes: Sizes
+    geometry: Geometry | None
+    has_bias: bool
+    base_dtype: torch.dtype
+    dtype: torch.dtype
+
+    @cached_property
+    def names(self) -> Mapping[str, int | float]:
+        """The sizes by their names in equations."""
+        return dict(self.sizes.names)
+
+    @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of each parameter in elements."""
+        return {p.name: self.numbers(p.shape) for p in self.parameters}
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """The declared parameters, in order."""
+        return self.derived.equations.parameters
+
+    def numbers(self, shape: tuple[Size, ...]) -> tuple[int, ...]:
+        """A symbolic shape in elements."""
+        return tuple(int(evaluate(s, self.names)) for s in shape)
+
+    @cached_property
+    def equation(self) -> str:
+        """The equation as derived: `W' = …`, and `b' = …` where it is not b."""
+        return _equation(self.derived)
+
+
+def _equation(derived: Derived) -> str:
+    merged, equations = derived.still, derived.equations
+    if merged is None:
+        given = (("x'", equations.input), ("y'", equations.output))
+        return ", ".join(f"{name} = {render(e)}" for name, e in given if e is not None)
+    parts = [] if merged.weight.op == "weight" else [f"W' = {render(merged.weight)}"]
+    if merged.bias.op not in ("bias", "zeros"):
+        parts.append(f"b' = {render(merged.bias)}")
+    return ", ".join(parts) or "W' = W"
+
+
+@dataclass(frozen=True)
+class PlannedSite:
+    """One site with what is put on it."""
+
+    site: Site
+    adapter: str
+    form: SiteClass
+    span: Span = field(compare=False, repr=False)
+
+    @property
+    def path(self) -> str:
+        """The dotted path of the site."""
+        return self.site.path
+
+
+@dataclass(frozen=True)
+class SharedParameter:
+    """A parameter of all applications of a method with equal arguments in one adapter.
+
+    shape: the largest that any of its sites asks for, in elements.
+    """
+
+    adapter: str
+    method: str
+    arguments: Arguments
+    parameter: Parameter
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def key(self) -> tuple[str, str, Arguments, str]:
+        """What names it within a plan."""
+        return self.adapter, self.method, self.arguments, self.parameter.name
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a spec does to a model. `str` is a table; `as_json` plain data.
+
+    base_count, base_bytes: of the model's own parameters, tied ones counted once.
+    """
+
+    resolved: Resolved
+    sites: tuple[PlannedSite, ...]
+    shared: tuple[SharedParameter, ...]
+    base_count: int
+    base_bytes: int
+    diagnostics: tuple[Diagnostic, ...] = ()
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The adapters by name, in the order of the file; the first is the live one."""
+        return tuple(dict.fromkeys(site.adapter for site in self.sites))
+
+    @cached_property
+    def trainable(self) -> int:
+        """The number of trainable elements, shared ones counted once."""
+        return sum(count for count, trained, _ in self._tensors() if trained)
+
+    @cached_property
+    def total(self) -> int:
+        """The number of elements of all adapters, frozen ones included."""
+        return sum(count for count, _, _ in self._tensors())
+
+    @cached_property
+    def bytes(self) -> int:
+        """The memory of all adapters, in bytes."""
+        return sum(count * dtype.itemsize for count, _, dtype in self._tensors())
+
+    def _tensors(self) -> Iterator[tuple[int, bool, torch.dtype]]:
+        for site in self.sites:
+            for p in site.form.parameters:
+                if not p.shared:
+                    yield prod(site.form.shapes[p.name]), p.trained, site.form.dtype
+        for shared in self.shared:
+            yield prod(shared.shape), shared.parameter.trained, shared.dtype
+
+    def __str__(self) -> str:
+        return plan_table(self)
+
+    def as_json(self) -> dict[str, object]:
+        """The plan as plain data."""
+        return plan_json(self)
