@@ -21,11 +21,10 @@ from surgery.model.holder import (
     ADAPTERS,
     Holder,
     children_of,
-    cover_of,
     modules_of,
     parameters_of,
-    set_cover,
 )
+from surgery.model.hooked import COVER
 from surgery.model.storage import Kept, Storage, address, register, requires_grad
 
 Device = torch.device | str | int
@@ -50,12 +49,17 @@ def hooks_of(module: nn.Module) -> Iterator[Hook]:
             yield cast(Hook, one)
 
 
+def _covering(module: nn.Module) -> tuple[Hook, str] | None:
+    """The hook of an ancestor that offloads a module, and the module's prefix in its map."""
+    return cast("tuple[Hook, str] | None", vars(module).get(COVER))
+
+
 def execution_device(module: nn.Module) -> torch.device | None:
     """Where the hooks run a module, or None if they leave it where it is."""
     hooks = [*hooks_of(module)]
-    covering = cover_of(module)
+    covering = _covering(module)
     if covering is not None:
-        hooks.append(cast(Hook, covering[0]))
+        hooks.append(covering[0])
     devices = (hook.execution_device for hook in hooks)
     return next((torch.device(device) for device in devices if device is not None), None)
 
@@ -147,7 +151,7 @@ class Offloaded:
 def _offloading(module: nn.Module) -> tuple[Hook, str] | None:
     """The hook that keeps this module's weights elsewhere, and the module's prefix in its map."""
     own = next((hook for hook in hooks_of(module) if hook.offload), None)
-    return cast("tuple[Hook, str] | None", cover_of(module)) if own is None else (own, "")
+    return _covering(module) if own is None else (own, "")
 
 
 def _slot_of(module: nn.Module, name: str) -> Slot:
@@ -261,11 +265,14 @@ def adopt(model: nn.Module) -> None:
 
     Such a hook would look for adapters in its weights map, and take them away between calls. It
     no longer sees them; adapters that it has taken already come back as new parameters, since
-    the old objects are gone. A site below it is told where its weight is.
+    the old objects are gone. The modules below it are told where their weights are.
     """
+    for module in model.modules():
+        vars(module).pop(COVER, None)
     for owner in model.modules():
         for hook in hooks_of(owner):
             if hook.offload and hook.place_submodules:
+                _spare(owner, hook)
                 _cover(owner, hook)
 
 
@@ -274,6 +281,7 @@ def release(model: nn.Module) -> None:
     for owner in model.modules():
         if any(_sites(owner)):
             continue
+        vars(owner).pop(COVER, None)
         for hook in hooks_of(owner):
             for name in _METHODS:
                 vars(hook).pop(name, None)
@@ -287,15 +295,19 @@ def _sites(owner: nn.Module) -> Iterator[tuple[str, nn.Module, Holder]]:
             yield path, module, holder
 
 
-def _cover(owner: nn.Module, hook: Hook) -> None:
-    for path, site, holder in _sites(owner):
-        prefix = f"{path}." if path else ""
-        set_cover(site, (hook, prefix))
-        _bring_back(hook, f"{prefix}{ADAPTERS}.", holder)
+def _spare(owner: nn.Module, hook: Hook) -> None:
+    for path, _, holder in _sites(owner):
+        _bring_back(hook, f"{path}.{ADAPTERS}." if path else f"{ADAPTERS}.", holder)
     for name in _METHODS:
         if name not in vars(hook):
             method = cast("Callable[..., object]", getattr(hook, name))
             vars(hook)[name] = partial(_without_adapters, method)
+
+
+def _cover(owner: nn.Module, hook: Hook) -> None:
+    for path, module in modules_of(owner):
+        if path and not isinstance(module, Holder):
+            vars(module)[COVER] = hook, f"{path}."
 
 
 def _bring_back(hook: Hook, prefix: str, holder: Holder) -> None:

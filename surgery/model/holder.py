@@ -18,7 +18,6 @@ ADAPTERS = "surgery"
 """The name of the child under which a site keeps its adapters; nothing below it is a site."""
 
 _BEFORE = "_before_hook"
-_COVER = "_cover"
 
 
 class Holder(nn.Module):
@@ -30,6 +29,7 @@ class Holder(nn.Module):
     """
 
     def __setattr__(self, name: str, value: Tensor | nn.Module | object) -> None:
+        """Set an attribute, except what a hook would leave here."""
         match name:
             case "_old_forward":
                 vars(self)[_BEFORE] = (dict(_slots(self, "_parameters")), _buffers(self))
@@ -83,19 +83,3 @@ def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
     The dictionary is the module's own.
     """
     return cast("dict[str, nn.Parameter | None]", vars(module)["_parameters"])
-
-
-def cover_of(module: nn.Module) -> tuple[object, str] | None:
-    """The hook of an ancestor that offloads this site's weight, and the site's prefix in its map.
-
-    Noted on the site's holder by `surgery.model.hooked.adopt`, so that copies carry it.
-    """
-    holder = holder_of(module)
-    return None if holder is None else vars(holder).get(_COVER)
-
-
-def set_cover(module: nn.Module, cover: tuple[object, str] | None) -> None:
-    """Note or forget what `cover_of` gives; nothing happens on a module without a holder."""
-    holder = holder_of(module)
-    if holder is not None:
-        vars(holder)[_COVER] = cover

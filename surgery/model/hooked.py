@@ -14,13 +14,17 @@ from typing import TYPE_CHECKING, Protocol, cast
 import torch
 from torch import nn
 
-from surgery.model.holder import cover_of
-
 if TYPE_CHECKING:
     from surgery.model.storage import Storage
 
-INTEGRATIONS: Mapping[str, str] = {"_hf_hook": "surgery.integrations.accelerate"}
-"""The attribute an integration leaves on an instance, and the module that knows what it means."""
+COVER = "_surgery_cover"
+"""Where `adopt` notes the hook of an ancestor that offloads a module, and the module's prefix."""
+
+INTEGRATIONS: Mapping[str, str] = {
+    "_hf_hook": "surgery.integrations.accelerate",
+    COVER: "surgery.integrations.accelerate",
+}
+"""What marks an instance as hooked, and the module that knows what it means."""
 
 _FORWARDS = ("_old_forward", "forward")
 
@@ -45,19 +49,21 @@ class Integration(Protocol):
 
 def integration_of(module: nn.Module) -> Integration | None:
     """The integration that has hooked this module or an ancestor that covers it, if any."""
-    if cover_of(module) is not None:
-        return _integration("_hf_hook")
-    return next((_integration(mark) for mark in INTEGRATIONS if mark in vars(module)), None)
+    return next((_imported(INTEGRATIONS[mark]) for mark in _marks(module)), None)
 
 
-def _integration(mark: str) -> Integration:
+def _imported(name: str) -> Integration:
     # Integrations stand above this stage and stay unimported until a model is hooked by one.
-    return cast(Integration, importlib.import_module(INTEGRATIONS[mark]))
+    return cast(Integration, importlib.import_module(name))
+
+
+def _marks(module: nn.Module) -> list[str]:
+    return [mark for mark in INTEGRATIONS if mark in vars(module)]
 
 
 def _integrations(model: nn.Module) -> list[Integration]:
-    modules = list(model.modules())
-    return [_integration(mark) for mark in INTEGRATIONS if any(mark in vars(m) for m in modules)]
+    names = {INTEGRATIONS[mark] for module in model.modules() for mark in _marks(module)}
+    return [_imported(name) for name in sorted(names)]
 
 
 # ------------------------------------------------------------------------------ class swaps
@@ -113,16 +119,17 @@ def execution_device(module: nn.Module) -> torch.device:
 
 
 def adopt(model: nn.Module) -> None:
-    """Keep every adapter of a hooked model out of the hooks' reach; nothing on any other model.
+    """Keep all adapters of a hooked model out of the hooks' reach; nothing on any other model.
 
-    To be called on the root after adapters were added and before their tensors are needed, and
-    again after the model was offloaded with hooks that place whole submodules. Idempotent.
+    To be called on the root before `execution_device` or a weight is asked for, and again after
+    an adapted model was offloaded with hooks that place whole submodules. Idempotent; it holds
+    for adapters that come later.
     """
     for integration in _integrations(model):
         integration.adopt(model)
 
 
 def release(model: nn.Module) -> None:
-    """Undo `adopt`, on the root, after the last adapter was taken out."""
+    """Undo `adopt` on the root, where no adapter is left."""
     for integration in _integrations(model):
         integration.release(model)

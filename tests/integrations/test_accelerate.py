@@ -69,17 +69,14 @@ def sites_of(model: nn.Module) -> list[nn.Linear]:
 
 
 def adapt(model: nn.Module) -> None:
-    """What mounting does: holders, then adopt, then the tensors, then the class."""
-    sites = sites_of(model)
-    for site in sites:
-        holder = Holder()
-        holder.add_module("default", Holder())
-        site.add_module(ADAPTERS, holder)
+    """What mounting does: adopt, then the tensors in holders, then the class."""
     hooked.adopt(model)
     generator = torch.Generator().manual_seed(3)
-    for site in sites:
+    for site in sites_of(model):
         device = hooked.execution_device(site)
-        child = site.get_submodule("surgery.default")
+        holder, child = Holder(), Holder()
+        holder.add_module("default", child)
+        site.add_module(ADAPTERS, holder)
         for name, shape in (("A", (RANK, site.in_features)), ("B", (site.out_features, RANK))):
             value = torch.randn(shape, generator=generator).to(device)
             child.register_parameter(name, nn.Parameter(value))
@@ -227,6 +224,7 @@ def test_hooks_removed_after_adapting_then_unloaded(offload: Offload, tmp_path: 
     unload(model)
     torch.testing.assert_close(model(batch()), expected, rtol=0, atol=0)
     assert all("forward" not in vars(site) for site in sites_of(model))
+    assert not [m for m in model.modules() if hooked.COVER in vars(m)]
     adapt(model)
     assert_as_without_hooks(model)
 
@@ -242,6 +240,7 @@ def test_unloaded_under_hooks_then_removed(offload: Offload, tmp_path: Path) -> 
     hooks.remove_hook_from_submodules(model)
     torch.testing.assert_close(model(batch()), expected, rtol=0, atol=0)
     assert {type(site) for site in sites_of(model)} == {nn.Linear}
+    assert not [m for m in model.modules() if hooked.COVER in vars(m)]
 
 
 @pytest.mark.parametrize("offload", OFFLOADS)
