@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping
 from surgery.algebra.axes import Size, evaluate
 from surgery.algebra.elaborate import Equations, instantiate
 from surgery.algebra.expr import walk
+from surgery.algebra.rules import is_zero
 from surgery.errors import Diagnostic, Span, SurgeryError
 from surgery.language import syntax as ast
 from surgery.model.sites import Site
+from surgery.model.storage import takes_bias
 from surgery.planned import SiteClass
 
 
@@ -21,6 +23,15 @@ def asks_sizes(method: ast.Method) -> bool:
 def misfits(form: SiteClass, application: ast.Application, site: Site) -> Iterator[Diagnostic]:
     """Sizes that are not whole, at this shape of site."""
     equations = form.derived.equations
+    still = form.derived.still
+    if still is not None and not (is_zero(still.bias) or takes_bias(site.module)):
+        yield Diagnostic(
+            "E307",
+            f"{application.method} gives `{site.path}` a bias, and {form.kind.name} never adds one",
+            application.span,
+            hint="exclude such sites with `except`",
+        )
+        return
     for length, where in _lengths(equations):
         value = evaluate(length, {"tokens": 1, **form.names})
         if isinstance(value, int) and value > 0:

@@ -202,17 +202,19 @@ def compile_model(
 
 
 def _put_on(model: nn.Module, made: Plan, seed: int, given: Mapping[str, Tensor]) -> Compiled:
-    """Make all tensors first, then mount; undo everything if anything fails."""
+    """Make the holders and all tensors, then mount; undo everything if anything fails."""
     state = state_of(model) or State()
     _refuse_known_names(state, made)
     if state.is_merged:
         refuse("E402", f"`{state.live}` is merged", hint="unmerge() before adding adapters")
-    tensors = [materialize.site_tensors(s, seed, _given_at(s, given)) for s in made.sites]
     fresh = state_of(model) is None
     flags = mount.requires_grad_flags(model)
     try:
+        for site in made.sites:
+            mount.add_parameters(site.site.module, site.adapter, mount.Tensors({}, frozenset()))
+        adopt(model)  # a hook may now tell where the sites run, and so where tensors belong
+        tensors = [materialize.site_tensors(s, seed, _given_at(s, given)) for s in made.sites]
         _add(model, made, tensors, seed, given)
-        adopt(model)
         mount.set_requires_grad(model, None)
         _register(model, state, made, seed, flags if fresh else state.flags)
     except BaseException:
@@ -326,8 +328,13 @@ def attach(
 
 
 def of(model: nn.Module) -> Compiled:
-    """The handle of an adapted model again. Raises StateError (E401) if it has no adapter."""
+    """The handle of an adapted model again. Raises StateError (E401) if it has no adapter.
+
+    A model that was offloaded since, by hooks that place whole submodules, needs this before it is
+    trained or merged; its adapter parameters are then new objects.
+    """
     require_state(model)
+    adopt(model)
     return Compiled(model)
 
 
