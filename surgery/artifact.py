@@ -270,7 +270,7 @@ class _Manifest:
         name = self.data.get("adapter")
         if not isinstance(name, str) or not _IDENTIFIER.fullmatch(name):
             self._refuse(f"`adapter` is {name!r}, which is no name")
-        return cast(str, name)
+        return name
 
     @property
     def form(self) -> str:
@@ -286,16 +286,16 @@ class _Manifest:
         value = self.data.get(name)
         if not isinstance(value, kind):
             self._refuse(f"`{name}` is missing")
-        return cast(T, value)
+        return value
 
     def assignments(self, resolved: Resolved) -> tuple[Assignment, ...]:
         """The sites with their methods and arguments. Raises with all that do not hold together."""
         report = Report()
         made: list[Assignment] = []
         seen: set[str] = set()
-        for entry in self._typed("sites", list):
+        for entry in cast("list[object]", self._typed("sites", list)):
             try:
-                one = self._assignment(cast("dict[str, object]", entry), resolved)
+                one = self._assignment(entry, resolved)
             except SurgeryError as error:
                 report.extend(error.diagnostics)
                 continue
@@ -306,7 +306,8 @@ class _Manifest:
         report.stop()
         return tuple(made)
 
-    def _assignment(self, entry: Mapping[str, object], resolved: Resolved) -> Assignment:
+    def _assignment(self, stated: object, resolved: Resolved) -> Assignment:
+        entry = cast("dict[str, object]", stated if isinstance(stated, dict) else {})
         wanted = {"path": str, "method": str, "arguments": dict}
         if not all(isinstance(entry.get(n), kind) for n, kind in wanted.items()):
             self._refuse(f"a site is not described by {', '.join(wanted)}")

@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, cast
@@ -20,6 +20,8 @@ from surgery.errors import refuse
 
 Writer = Callable[[Path], None]
 """Writes one file at the path it is given."""
+
+_SaveFile = Callable[[dict[str, Tensor], str, dict[str, str]], None]
 
 MAX_JSON = 256 * 1024 * 1024
 
@@ -45,15 +47,18 @@ class TensorFile(Mapping[str, Tensor]):
     """
 
     def __init__(self, path: Path, handle: _Handle) -> None:
+        """Read the header."""
         self.path = path
         self._handle = handle
         with _reading(path):
+            names = handle.keys()
             self.metadata: Mapping[str, str] = handle.metadata() or {}
             self.shapes: Mapping[str, tuple[int, ...]] = {
-                name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()
+                name: tuple(handle.get_slice(name).get_shape()) for name in names
             }
 
     def __getitem__(self, name: str) -> Tensor:
+        """A tensor, read now. KeyError if there is none of that name, ArtifactError (E512)."""
         if name not in self.shapes:
             raise KeyError(name)
         with _reading(self.path):
@@ -61,9 +66,11 @@ class TensorFile(Mapping[str, Tensor]):
             return self._handle.get_tensor(name).clone()
 
     def __iter__(self) -> Iterator[str]:
+        """The names, in the file's order."""
         return iter(self.shapes)
 
     def __len__(self) -> int:
+        """How many tensors there are."""
         return len(self.shapes)
 
 
@@ -83,7 +90,7 @@ def read_tensors(path: Path) -> TensorFile:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _reading(path: Path) -> Generator[None]:
     """What goes wrong inside is the file's fault: E512."""
     from safetensors import SafetensorError
 
@@ -125,12 +132,16 @@ def read_json(path: Path) -> dict[str, object]:
     """The object in a JSON file. Raises ArtifactError: E511 if missing, E512 if it is no object."""
     text = read_text(path)
     try:
-        value: object = json.loads(text)
+        value: object = json.loads(text, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         refuse("E512", f"{path} is not JSON: {_first_line(error)}")
     if not isinstance(value, dict):
         refuse("E512", f"{path} holds no JSON object")
     return cast(dict[str, object], value)
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number of JSON")
 
 
 # ------------------------------------------------------------------------------------ writing
@@ -150,9 +161,10 @@ def tensors_writer(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -
         ready[name] = plain
 
     def write(path: Path) -> None:
-        from safetensors.torch import save_file
+        import safetensors.torch as files
 
-        save_file(ready, str(path), {"format": "pt", **metadata})
+        save = cast(_SaveFile, vars(files)["save_file"])  # its stub is not fully typed
+        save(ready, str(path), {"format": "pt", **metadata})
 
     return write
 
@@ -205,7 +217,7 @@ def write_directory(
 
 
 @contextmanager
-def _staging(path: Path) -> Iterator[Path]:
+def _staging(path: Path) -> Generator[Path]:
     """A new folder beside a path, on the same file system; gone afterwards, moved or not."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.parent / f".{path.name}.{secrets.token_hex(8)}"
@@ -247,7 +259,7 @@ def _move_in(staged: Path, directory: Path, files: Collection[str], stale: Colle
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _writing(path: Path) -> Generator[None]:
     """What the operating system refuses inside is E513."""
     from safetensors import SafetensorError
 

@@ -6,7 +6,7 @@ whatever in it is not understood is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -23,19 +23,19 @@ from surgery.language.library import Library
 from surgery.mapping import mapping_of
 from surgery.mapping.fields import (
     ConfigFile,
+    ConfigReader,
     Found,
     constant,
     form_of,
-    read_site,
     same,
     shown,
     unknown_fields,
 )
 from surgery.mapping.fields import Value as ValueForm
-from surgery.mapping.spelling import dialect_of
+from surgery.mapping.spelling import dialect_of, rows_of
 from surgery.model.holder import ADAPTERS
-from surgery.model.layers import kind_of
-from surgery.plan import Assignment, plan_assignments
+from surgery.model.inventory import survey
+from surgery.plan import Assignment, Plan, plan_assignments
 from surgery.store import TensorFile, read_json, read_tensors, read_text
 
 NAME = "peft"
@@ -70,12 +70,17 @@ def read_peft(directory: Path, model: nn.Module) -> Loaded:
     file = _tensors(directory)
     library = Library.standard()
     base = _base_keys(file, model)
-    choice = _choose(library, config, [k for k in file.shapes if k not in base], model)
+    chosen = _choose(library, config, [k for k in file.shapes if k not in base], model)
+    span = config.span("peft_type")
+    assignments = tuple(Assignment(p, chosen.method, a, span) for p, a in chosen.sites.items())
     spec = ast.Spec((), span=config.source)
     resolved = Resolved(spec, library, Names({}, {}), ((DEFAULT_ADAPTER, ()),))
-    plan = plan_assignments(resolved, model, choice, DEFAULT_ADAPTER)
-    tensors = taken(mapping_of(plan), file, NAME, base)
-    return Loaded(resolved, choice, tensors, DEFAULT_ADAPTER)
+    plan = plan_assignments(resolved, model, assignments, DEFAULT_ADAPTER)
+    _check_meaning(chosen.fmt, plan)
+    _check_base(file, model, base)
+    mapping = mapping_of(plan, formats=lambda method: (chosen.fmt,))
+    tensors = taken(mapping, file, NAME, base)
+    return Loaded(resolved, assignments, tensors, DEFAULT_ADAPTER)
 
 
 def _tensors(directory: Path) -> TensorFile:
@@ -89,24 +94,41 @@ def _tensors(directory: Path) -> TensorFile:
     return read_tensors(directory / TENSORS)
 
 
+def _check_meaning(fmt: ast.Format, plan: Plan) -> None:
+    """E516 for every site at which peft's tensors mean something else than the method's."""
+    report = Report()
+    for site in plan.sites:
+        if isinstance(rows_of(fmt, site.form), str):
+            sizes = site.form.sizes
+            report.error(
+                "E516",
+                f"peft's {fmt.method} on `{site.path}` ({site.form.kind.name}, {sizes.groups} "
+                f"group(s)) is another equation than {fmt.method}'s",
+                site.span,
+            )
+    report.stop()
+
+
 # ------------------------------------------------------------------------------ base tensors
 
 
-def _base_keys(file: TensorFile, model: nn.Module) -> frozenset[str]:
-    """The keys that are copies of the base's own tensors, which peft saves beside embeddings.
-
-    Raises ArtifactError (E518) for a copy that differs from the model's.
-    """
-    report, found = Report(), set[str]()
-    own = {
-        n: t for n, t in model.state_dict(keep_vars=True).items() if ADAPTERS not in n.split(".")
-    }
+def _base_keys(file: TensorFile, model: nn.Module) -> dict[str, str]:
+    """The keys of the base's own tensors, which peft saves beside embeddings: key to name."""
+    own = {n for n in model.state_dict(keep_vars=True) if ADAPTERS not in n.split(".")}
     prefix = dialect_of(NAME).site
-    for key in file.shapes:
-        name = key.removeprefix(prefix).replace(_BASE_LAYER, ".")
-        if not key.startswith(prefix) or name not in own:
-            continue
-        found.add(key)
+    names = {
+        k: k.removeprefix(prefix).replace(_BASE_LAYER, ".")
+        for k in file.shapes
+        if k.startswith(prefix)
+    }
+    return {key: name for key, name in names.items() if name in own}
+
+
+def _check_base(file: TensorFile, model: nn.Module, keys: Mapping[str, str]) -> None:
+    """E518 for every tensor of the base that is not the model's own."""
+    report = Report()
+    own = model.state_dict(keep_vars=True)
+    for key, name in keys.items():
         if not _equal(file, key, cast(Tensor, own[name])):
             report.error(
                 "E518",
@@ -114,7 +136,6 @@ def _base_keys(file: TensorFile, model: nn.Module) -> frozenset[str]:
                 hint="attach the adapter to the base that it was trained on",
             )
     report.stop()
-    return frozenset(found)
 
 
 def _equal(file: TensorFile, key: str, own: Tensor) -> bool:
@@ -137,9 +158,7 @@ class _Candidate:
     problems: tuple[Diagnostic, ...]
 
 
-def _choose(
-    library: Library, config: ConfigFile, keys: list[str], model: nn.Module
-) -> tuple[Assignment, ...]:
+def _choose(library: Library, config: ConfigFile, keys: list[str], model: nn.Module) -> _Candidate:
     """The method that the config means, of those that fit the one whose arguments it says most of.
 
     Raises ArtifactError with what is against the method that comes nearest.
@@ -162,10 +181,7 @@ def _choose(
     report = Report()
     report.extend(best.problems)
     report.stop()
-    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    paths = sorted(best.sites, key=order.__getitem__)
-    span = config.span("peft_type")
-    return tuple(Assignment(p, best.method, best.sites[p], span) for p in paths)
+    return best
 
 
 def _kind(fmt: ast.Format) -> object:
@@ -182,14 +198,15 @@ def _candidate(
 ) -> _Candidate:
     method = library.method(fmt.method)
     assert method is not None  # the library names it
-    paths = dict.fromkeys(p for key in keys if (p := _path(fmt, key)) is not None)
+    paths = {p for key in keys if (p := _path(fmt, key)) is not None}
     report = Report()
     report.extend(unknown_fields(fmt, config, INFORMATIVE))
     if not paths:
         report.error("E516", f"no tensor of the folder is one of {fmt.method}", config.source)
     sites: dict[str, Arguments] = {}
     bound = 0
-    for path, found in _read_sites(fmt, method, config, list(paths), model, report):
+    reader = ConfigReader(fmt, method, config)
+    for path, found in _read_sites(reader, paths, model, report):
         report.extend(found.problems)
         sites[path] = found.arguments
         bound = max(bound, len(found.bound))
@@ -197,25 +214,22 @@ def _candidate(
 
 
 def _read_sites(
-    fmt: ast.Format,
-    method: ast.Method,
-    config: ConfigFile,
-    paths: list[str],
-    model: nn.Module,
-    report: Report,
+    reader: ConfigReader, paths: Set[str], model: nn.Module, report: Report
 ) -> Iterator[tuple[str, Found]]:
-    modules = dict(model.named_modules())
-    for path in paths:
-        module = modules.get(path)
-        kind = None if module is None else kind_of(module)
-        if module is None:
-            near = get_close_matches(path, modules, 1)
-            hint = f"the nearest is `{near[0]}`" if near else "it was made for another model"
-            report.error("E516", f"the model has no module `{path}`", hint=hint)
-        elif kind is None:
-            report.error("E516", f"`{path}` is a {type(module).__name__}, which has no known kind")
+    """What the config says at each path, in module order; paths that are no site are reported."""
+    entries = {entry.path: entry for entry in survey(model).entries}
+    for path in sorted(paths - entries.keys()):
+        near = get_close_matches(path, entries, 1)
+        hint = f"the nearest is `{near[0]}`" if near else "it was made for another model"
+        report.error("E516", f"the model has no module `{path}`", hint=hint)
+    for path, entry in entries.items():
+        if path not in paths:
+            continue
+        if entry.kind is None:
+            name = type(entry.module).__name__
+            report.error("E516", f"`{path}` is a {name}, which has no known kind")
         else:
-            yield path, read_site(fmt, method, config, path, kind.name)
+            yield path, reader.read(path, entry.kind.name)
 
 
 def _path(fmt: ast.Format, key: str) -> str | None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import assert_never, cast
+from typing import cast
 
 from surgery.algebra.scalars import Scalars, plain
 from surgery.errors import Source, Span
@@ -15,15 +14,16 @@ from surgery.mapping.fields import (
     Anything,
     BySite,
     ConfigFile,
+    ConfigReader,
     OneOf,
     Sites,
     Value,
     default_of,
     form_of,
     holds_at,
-    read_site,
     shown,
 )
+from surgery.mapping.paths import at_start, exactly
 from surgery.mapping.spelling import chosen_format, rows_of
 from surgery.plan import Plan, PlannedSite, SiteClass
 
@@ -108,11 +108,10 @@ def _config(fmt: ast.Format, sites: Sequence[PlannedSite]) -> ForeignConfig | Re
             case Sites(condition):
                 values[item.name] = _paths(condition, sites)
             case OneOf(options, _):
-                values[item.name] = options[0]
+                felt = any(holds_at(item, s.form.kind.name) for s in sites)
+                values[item.name] = options[0] if felt else default_of(item)
             case BySite() | Anything():
                 pass  # written with its argument's own field; not written
-            case form:
-                assert_never(form)
     return _read_back(ForeignConfig(fmt, values), sites)
 
 
@@ -134,7 +133,7 @@ def _write_value(
     values[item.name] = common
     others = {path: value for path, value in by_path.items() if value != common}
     if pattern is not None:
-        values[pattern] = {f"^{re.escape(path)}": value for path, value in others.items()}
+        values[pattern] = _patterns(others)
         return None
     if not others:
         return None
@@ -144,6 +143,14 @@ def _write_value(
         f"`{item.name}` is one for all sites, and here it is {shown(common)} at `{first}` and "
         f"{shown(value)} at `{path}`"
     )
+
+
+def _patterns(by_path: Mapping[str, object]) -> dict[str, object]:
+    """One regex a value, since every site is matched against every regex."""
+    paths: dict[Hashable, list[str]] = {}
+    for path, value in by_path.items():
+        paths.setdefault(cast(Hashable, value), []).append(path)
+    return {at_start(p): value for value, p in paths.items()}
 
 
 def _plain(value: object) -> object:
@@ -161,15 +168,16 @@ def _paths(condition: ast.Expression | None, sites: Sequence[PlannedSite]) -> li
     rest = {s.path for s in sites} - set(chosen)
     if all("." in p for p in chosen) and not any(r.endswith(p) for p in chosen for r in rest):
         return chosen
-    return "|".join(map(re.escape, chosen))
+    return exactly(chosen)
 
 
 def _read_back(config: ForeignConfig, sites: Sequence[PlannedSite]) -> ForeignConfig | Reason:
     text = Source("adapter_config.json", "")
     file = ConfigFile(config.values, Span(text, 0, 0))
+    reader = ConfigReader(config.format, sites[0].form.method, file)
     for site in sites:
         form = site.form
-        found = read_site(config.format, form.method, file, site.path, form.kind.name)
+        found = reader.read(site.path, form.kind.name)
         if found.problems:
             return Reason(f"`{site.path}`: {found.problems[0].message}")
         for (name, value), (_, read) in zip(form.arguments, found.arguments, strict=True):

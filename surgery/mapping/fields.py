@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import assert_never, cast
+from typing import assert_never
 
 from surgery.algebra.scalars import Scalars, plain
 from surgery.check import Arguments, typed
 from surgery.errors import Diagnostic, Span, SurgeryError, refuse
 from surgery.language import syntax as ast
+from surgery.mapping.paths import member, override
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,32 +132,71 @@ class ConfigFile:
         return Span(self.source.source, found.start(), found.end())
 
 
-def read_site(
-    fmt: ast.Format, method: ast.Method, config: ConfigFile, path: str, kind: str
-) -> Found:
-    """The method's arguments at a site, as a config of this format states them."""
-    try:
-        return _Reader(fmt, method, config, path, kind).run()
-    except SurgeryError as error:
-        return Found((), error.diagnostics)
+class ConfigReader:
+    """Reads the arguments of a method at many sites off one config of a format.
+
+    Sites of one kind for which the config says the same share their result.
+    """
+
+    def __init__(self, fmt: ast.Format, method: ast.Method, config: ConfigFile) -> None:
+        """Sort the fields. Raises DefinitionError for a format statement that is wrong."""
+        self.fields = tuple((item, form_of(item)) for item in fmt.fields)
+        self.method = method
+        self.config = config
+        self._found: dict[str, Found] = {}
+
+    def read(self, path: str, kind: str) -> Found:
+        """The arguments at a site, as the config states them."""
+        try:
+            local = {
+                item.name: _at(path, form, self.config.values.get(item.name, default_of(item)))
+                for item, form in self.fields
+                if isinstance(form, BySite | Sites)
+            }
+        except SurgeryError as error:
+            return Found((), error.diagnostics)
+        key = f"{kind} {local!r}"
+        if key not in self._found:
+            self._found[key] = self._read(_Site(path, kind, local))
+        return self._found[key]
+
+    def _read(self, site: _Site) -> Found:
+        try:
+            return _Reader(self, site).run()
+        except SurgeryError as error:
+            return Found((), error.diagnostics)
+
+
+@dataclass(frozen=True, slots=True)
+class _Site:
+    """A site as a config sees it; `local` is what fields about paths say of this one."""
+
+    path: str
+    kind: str
+    local: Mapping[str, object]
+
+
+def _at(path: str, form: BySite | Sites, value: object) -> object:
+    """Whether a list of sites has a path, or what a table of patterns has for it, if anything."""
+    if isinstance(form, BySite):
+        return override(path, value)
+    return form.condition is not None and member(path, value)
 
 
 class _Reader:
     """Binds what fields name, takes the method's defaults for the rest, and checks every field."""
 
-    def __init__(
-        self, fmt: ast.Format, method: ast.Method, config: ConfigFile, path: str, kind: str
-    ) -> None:
-        self.fields = [(item, form_of(item)) for item in fmt.fields]
-        self.method = method
-        self.config = config
-        self.path = path
-        self.kind = kind
-        self.types = {a.name: a.type for a in method.arguments}
+    def __init__(self, reader: ConfigReader, site: _Site) -> None:
+        self.fields = reader.fields
+        self.method = reader.method
+        self.config = reader.config
+        self.site = site
+        self.types: dict[str, ast.ValueType] = {a.name: a.type for a in self.method.arguments}
         self.bound: dict[str, object] = {}
         self.overridden: set[str] = set()
 
     def run(self) -> Found:
+        """The arguments, every field compared with what they mean."""
         for item, form in self.fields:
             self._bind(item, form)
         arguments = tuple(self._completed().items())
@@ -166,7 +206,7 @@ class _Reader:
 
     def value(self, item: ast.Field) -> object:
         """What the config says of a field at this site."""
-        if not holds_at(item, self.kind):
+        if not holds_at(item, self.site.kind):
             return default_of(item)
         return self.config.values.get(item.name, default_of(item))
 
@@ -177,13 +217,13 @@ class _Reader:
             case Value(expression):
                 self._solve(expression, self.value(item), item)
             case Sites(condition) if condition is not None:
-                if _member(self.path, self.value(item)):
+                if self.site.local[item.name]:
                     self._solve(condition, True, item)
             case BySite(argument):
-                override = _override(self.path, self.value(item))
-                if override is not None:
+                other = self.site.local[item.name]
+                if other is not None:
                     self.overridden.add(argument)
-                    self._take(argument, override, item)
+                    self._take(argument, other, item)
             case Sites() | OneOf() | Anything():
                 pass
             case _:
@@ -239,9 +279,8 @@ class _Reader:
                 if not any(same(found, v) for v in values):
                     yield self._mismatch(item, found, reason)
             case Sites(condition) if condition is not None:
-                member = _member(self.path, found)
-                if Scalars(names).holds(condition) is not member:
-                    yield self._mismatch(item, found, f"it does not settle `{self.path}`")
+                if Scalars(names).holds(condition) is not self.site.local[item.name]:
+                    yield self._mismatch(item, found, f"it does not settle `{self.site.path}`")
             case Sites() | BySite() | Anything():
                 pass
             case _:
@@ -252,26 +291,6 @@ class _Reader:
         what = shown(found) if given else f"absent, which means {shown(found)}"
         message = f"`{item.name}` is {what}: {reason}"
         return Diagnostic("E515", message, self.config.span(item.name))
-
-
-def _member(path: str, value: object) -> bool:
-    """Whether a list of endings, or a regex for the whole path, takes a path."""
-    match value:
-        case str():
-            return re.fullmatch(value, path) is not None
-        case list():
-            return any(path.endswith(str(e)) for e in cast("list[object]", value))
-        case _:
-            return False
-
-
-def _override(path: str, value: object) -> object:
-    """The value of the first pattern that takes the end of a path; None if none does."""
-    patterns = cast("dict[str, object]", value) if isinstance(value, dict) else {}
-    for pattern, found in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return found
-    return None
 
 
 def unknown_fields(

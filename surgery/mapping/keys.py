@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from functools import cached_property
@@ -12,12 +12,16 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from surgery.errors import Report, refuse
+from surgery.language import syntax as ast
 from surgery.mapping.spelling import Spelling, chosen_format, place_of
 from surgery.model.holder import ADAPTERS, parameters_of
 from surgery.plan import Plan, PlannedSite, SharedParameter, SiteClass
 
 SHARED = "shared"
 ADAPTED, NATIVE = "adapted", "native"
+
+Formats = Callable[[str], tuple[ast.Format, ...]]
+"""The format statements of a method, by its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,13 +190,20 @@ def _row_from(data: dict[str, Any]) -> Row:
 # --------------------------------------------------------------------------------- from a plan
 
 
-def mapping_of(plan: Plan, model: nn.Module | None = None) -> StateDictMapping:
-    """The mapping of every tensor of a plan; with the model, its base's keys as well."""
+def mapping_of(
+    plan: Plan, model: nn.Module | None = None, formats: Formats | None = None
+) -> StateDictMapping:
+    """The mapping of every tensor of a plan; with the model, its base's keys as well.
+
+    formats: the format statements to spell by, for each method; None for all that the library has,
+    the first of each name that fits.
+    """
+    known = formats or plan.resolved.library.formats
     base: Iterable[str] = () if model is None else model.state_dict(keep_vars=True)
     kept = tuple(k for k in base if f".{ADAPTERS}." not in f".{k}")
     spellings: dict[int, dict[str, tuple[Spelling, ...]]] = {}
-    rows = [row for site in plan.sites for row in _site_rows(site, plan, spellings)]
-    return StateDictMapping((*rows, *_shared_rows(plan)), kept)
+    rows = [row for site in plan.sites for row in _site_rows(site, known, spellings)]
+    return StateDictMapping((*rows, *_shared_rows(plan, known)), kept)
 
 
 def adapted_name(path: str, adapter: str, name: str) -> str:
@@ -206,11 +217,11 @@ def shared_name(adapter: str, group: str, name: str) -> str:
 
 
 def _site_rows(
-    site: PlannedSite, plan: Plan, known: dict[int, dict[str, tuple[Spelling, ...]]]
+    site: PlannedSite, formats: Formats, known: dict[int, dict[str, tuple[Spelling, ...]]]
 ) -> Iterator[Row]:
     form = site.form
     if id(form) not in known:
-        known[id(form)] = dict(_spellings(plan, form, "{}"))
+        known[id(form)] = dict(_spellings(formats, form, "{}"))
     natives = _native_names(site)
     prefix = f"{site.path}." if site.path else ""
     for p in form.parameters:
@@ -233,10 +244,10 @@ def _at(spelling: Spelling, prefix: str) -> Spelling:
 
 
 def _spellings(
-    plan: Plan, form: SiteClass, path: str
+    known: Formats, form: SiteClass, path: str
 ) -> Iterator[tuple[str, tuple[Spelling, ...]]]:
     """For each parameter of a class of sites, how every format spells it at a path."""
-    formats = plan.resolved.library.formats(form.method.name)
+    formats = known(form.method.name)
     found: dict[str, list[Spelling]] = {}
     for name in dict.fromkeys(f.name for f in formats):
         chosen = chosen_format(tuple(f for f in formats if f.name == name), form)
@@ -279,12 +290,12 @@ def shared_groups(plan: Plan) -> Mapping[tuple[object, ...], str]:
     return {s.key: groups[s.adapter, s.method, s.arguments] for s in plan.shared}
 
 
-def _shared_rows(plan: Plan) -> Iterator[Row]:
+def _shared_rows(plan: Plan, formats: Formats) -> Iterator[Row]:
     groups = shared_groups(plan)
     for shared in plan.shared:
         group, name = groups[shared.key], shared.parameter.name
         # A format has one place for a shared parameter, so only the first group has a key in it.
-        spellings = _shared_spellings(plan, shared) if group == shared.method else ()
+        spellings = _shared_spellings(plan, shared, formats) if group == shared.method else ()
         yield Row(
             shared.adapter,
             "",
@@ -296,9 +307,11 @@ def _shared_rows(plan: Plan) -> Iterator[Row]:
         )
 
 
-def _shared_spellings(plan: Plan, shared: SharedParameter) -> tuple[Spelling, ...]:
+def _shared_spellings(
+    plan: Plan, shared: SharedParameter, formats: Formats
+) -> tuple[Spelling, ...]:
     for site in plan.sites:
         mine = (site.adapter, site.form.method.name, site.form.arguments)
         if mine == (shared.adapter, shared.method, shared.arguments):
-            return dict(_spellings(plan, site.form, site.path)).get(shared.parameter.name, ())
+            return dict(_spellings(formats, site.form, site.path)).get(shared.parameter.name, ())
     return ()

@@ -1,0 +1,465 @@
+"""Against peft itself: what it saves, attaches; what we save, it loads; the outputs agree."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+)
+
+import surgery
+from surgery.store import read_tensors
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
+]
+
+# Libraries whose types are not complete.
+hf: Any = peft
+untyped: Any = torch
+
+TOKENS = torch.tensor([[3, 5, 1, 7, 2], [2, 0, 11, 4, 6]])
+
+
+def llama() -> nn.Module:
+    untyped.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=13,
+        hidden_size=12,
+        intermediate_size=30,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        attention_bias=True,
+    )
+    return LlamaModel(config).eval()
+
+
+def gpt2() -> nn.Module:
+    untyped.manual_seed(1)
+    config = GPT2Config(vocab_size=13, n_embd=12, n_head=2, n_layer=2, n_positions=8)
+    return GPT2Model(config).eval()
+
+
+def bert() -> nn.Module:
+    untyped.manual_seed(2)
+    config = BertConfig(
+        vocab_size=13,
+        hidden_size=12,
+        intermediate_size=20,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+    )
+    return BertModel(config).eval()
+
+
+class ConvNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, (3, 2), stride=(2, 1), padding=(1, 0))
+        self.point = nn.Conv2d(8, 6, 1)
+        self.grouped = nn.Conv2d(6, 4, 3, groups=2, bias=False)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.point(torch.relu(self.stem(x))))
+        return self.head(torch.relu(self.grouped(x)).mean((2, 3)))
+
+
+def convnet() -> nn.Module:
+    untyped.manual_seed(3)
+    return ConvNet().eval()
+
+
+def output(model: nn.Module) -> Tensor:
+    inner = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    if isinstance(inner, ConvNet):
+        generator = torch.Generator().manual_seed(4)
+        return cast(Tensor, model(torch.randn(2, 3, 11, 7, generator=generator)))
+    return cast(Tensor, model(TOKENS).last_hidden_state)
+
+
+def moved(tensors: dict[str, Tensor]) -> None:
+    """Parameters away from where they begin, so that the adapter does something."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name in sorted(tensors):
+            tensor = tensors[name]
+            tensor.add_(0.2 * torch.randn(tensor.shape, generator=generator))
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    model: Callable[[], nn.Module]
+    config: Callable[[], peft.PeftConfig]
+    spec: str
+
+
+ATTENTION = ["q_proj", "v_proj"]
+CASES = (
+    Case(
+        "lora",
+        llama,
+        lambda: peft.LoraConfig(r=3, lora_alpha=5, lora_dropout=0.3, target_modules=ATTENTION),
+        "match /q_proj|v_proj/ apply lora(r=3, alpha=5, dropout=0.3)",
+    ),
+    Case(
+        "lora, each site its own rank",
+        llama,
+        lambda: peft.LoraConfig(
+            r=4,
+            lora_alpha=6,
+            use_rslora=True,
+            target_modules=[*ATTENTION, "down_proj"],
+            rank_pattern={"layers.1.self_attn.v_proj": 2, "down_proj": 5},
+            alpha_pattern={r"layers\.0\..*": 3},
+        ),
+        "match /q_proj|v_proj|down_proj/ in layers[*]"
+        " apply lora(r = 4 - 2 * layer, alpha = 3 + layer, rslora = true)",
+    ),
+    Case(
+        "lora on Conv1D",
+        gpt2,
+        lambda: peft.LoraConfig(r=3, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True),
+        "match /c_attn|c_proj/ apply lora(r=3)",
+    ),
+    Case(
+        "lora on embeddings",
+        bert,
+        lambda: peft.LoraConfig(r=3, target_modules=["word_embeddings", "query", "dense"]),
+        "match /word_embeddings|query|dense/ apply lora(r=3, alpha=8)",
+    ),
+    Case(
+        "lora on convolutions",
+        convnet,
+        lambda: peft.LoraConfig(r=3, target_modules=["stem", "point", "head"]),
+        "match /stem|point|head/ apply lora(r=3)",
+    ),
+    Case(
+        "dora",
+        llama,
+        lambda: peft.LoraConfig(
+            r=3, use_dora=True, lora_dropout=0.4, target_modules=[*ATTENTION, "gate_proj"]
+        ),
+        "match /q_proj|gate_proj/ apply dora(r=3, alpha=7, dropout=0.4)",
+    ),
+    Case(
+        "dora on Conv1D and embeddings",
+        gpt2,
+        lambda: peft.LoraConfig(
+            r=3, use_dora=True, target_modules=["c_fc", "wte"], fan_in_fan_out=True
+        ),
+        "match /c_fc|wte/ apply dora(r=3)",
+    ),
+    Case(
+        "dora on convolutions",
+        convnet,
+        lambda: peft.LoraConfig(r=3, use_dora=True, target_modules=["stem", "point"]),
+        "match /stem|point/ apply dora(r=3)",
+    ),
+    Case(
+        "ia3",
+        llama,
+        lambda: peft.IA3Config(
+            target_modules=[*ATTENTION, "down_proj"], feedforward_modules=["down_proj"]
+        ),
+        'match /q_proj|v_proj/ apply ia3() match down_proj apply ia3(side="in")',
+    ),
+    Case(
+        "ia3 on Conv1D",
+        gpt2,
+        lambda: peft.IA3Config(
+            target_modules=["c_attn", "mlp.c_proj"],
+            feedforward_modules=["mlp.c_proj"],
+            fan_in_fan_out=True,
+        ),
+        'match c_attn apply ia3() match mlp.c_proj apply ia3(side="in")',
+    ),
+    Case(
+        "ia3 on convolutions",
+        convnet,
+        lambda: peft.IA3Config(
+            target_modules=["stem", "point", "grouped"], feedforward_modules=["point"]
+        ),
+        'match /stem|grouped/ apply ia3() match point apply ia3(side="in")',
+    ),
+    Case(
+        "vera",
+        llama,
+        lambda: peft.VeraConfig(r=7, target_modules=[*ATTENTION, "up_proj"], d_initial=0.3),
+        "match /q_proj|v_proj|up_proj/ apply vera(r=7, projection_prng_key=3)",
+    ),
+    Case(
+        "vera on Conv1D",
+        gpt2,
+        lambda: peft.VeraConfig(r=5, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True),
+        "match /c_attn|c_fc/ apply vera(r=5)",
+    ),
+    Case(
+        "oft",
+        llama,
+        lambda: peft.OFTConfig(
+            oft_block_size=3, use_cayley_neumann=False, target_modules=[*ATTENTION, "down_proj"]
+        ),
+        "match /q_proj|down_proj/ apply oft(block_size=6)",
+    ),
+    Case(
+        "oft by the number of blocks",
+        llama,
+        lambda: peft.OFTConfig(
+            r=2, oft_block_size=0, use_cayley_neumann=False, target_modules=["q_proj", "down_proj"]
+        ),
+        "match /q_proj|down_proj/ apply oft(block_size=0, r=3)",
+    ),
+    Case(
+        "miss",
+        llama,
+        lambda: peft.MissConfig(r=5, miss_dropout=0.2, target_modules=[*ATTENTION, "down_proj"]),
+        "match /q_proj|down_proj/ apply miss(r=5, dropout=0.2)",
+    ),
+    Case(
+        "miss, whole shards",
+        llama,
+        lambda: peft.MissConfig(r=3, miss_dropout=0.2, target_modules=["k_proj", "up_proj"]),
+        "match /k_proj|up_proj/ apply miss(r=2)",
+    ),
+    Case(
+        "miss, mini",
+        llama,
+        lambda: peft.MissConfig(
+            r=5, mini_r=3, init_weights="mini", target_modules=["q_proj", "up_proj"]
+        ),
+        'match /q_proj|up_proj/ apply miss(r=5, mini_r=3, init_weights="mini")',
+    ),
+    Case(
+        "miss, bat",
+        llama,
+        lambda: peft.MissConfig(r=3, init_weights="bat", target_modules=["q_proj", "up_proj"]),
+        'match /q_proj|up_proj/ apply miss(r=6, init_weights="bat")',
+    ),
+    Case(
+        "bone, whose heir is miss",
+        llama,
+        lambda: peft.MissConfig(r=4, target_modules=["q_proj", "up_proj"]),
+        "match /q_proj|up_proj/ apply bone(r=7)",
+    ),
+    Case(
+        "bat, whose heir is miss",
+        llama,
+        lambda: peft.MissConfig(r=2, init_weights="bat", target_modules=["v_proj", "down_proj"]),
+        "match /v_proj|down_proj/ apply bat(r=3)",
+    ),
+)
+
+
+def name_of(case: Case) -> str:
+    return case.name
+
+
+def saved_by_peft(case: Case, directory: Path) -> nn.Module:
+    model = cast(peft.PeftModel, hf.get_peft_model(case.model(), case.config()))
+    moved({n: p.data for n, p in model.named_parameters() if p.requires_grad})
+    model.save_pretrained(str(directory))
+    return model.eval()
+
+
+def saved_by_us(case: Case, directory: Path) -> surgery.Compiled:
+    compiled = surgery.compile(case.spec, case.model())
+    trained = {n: p for n, p in compiled.model.named_parameters() if p.requires_grad}
+    moved({n: p.data for n, p in trained.items()})
+    report = compiled.save(directory)
+    assert report.peft == ""
+    return compiled
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_what_peft_saves_attaches(case: Case, tmp_path: Path) -> None:
+    theirs = saved_by_peft(case, tmp_path)
+    expected = output(theirs)
+    ours = surgery.attach(tmp_path, case.model())
+    assert (expected - output(case.model())).abs().max() > 1e-3
+    torch.testing.assert_close(output(ours.model), expected, atol=1e-5, rtol=1e-4)
+    ours.inverse.merge()
+    torch.testing.assert_close(output(ours.model), expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_what_we_save_peft_loads(case: Case, tmp_path: Path) -> None:
+    compiled = saved_by_us(case, tmp_path)
+    expected = output(compiled.model)
+    theirs = hf.PeftModel.from_pretrained(case.model(), str(tmp_path)).eval()
+    assert (expected - output(case.model())).abs().max() > 1e-3
+    torch.testing.assert_close(output(theirs), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_peft_has_the_keys_and_shapes_that_we_write(case: Case, tmp_path: Path) -> None:
+    compiled = saved_by_us(case, tmp_path)
+    theirs = hf.PeftModel.from_pretrained(case.model(), str(tmp_path))
+    wanted = cast("dict[str, Tensor]", hf.get_peft_model_state_dict(theirs))
+    written = compiled.mapping.rename(compiled.parameters(), to="peft")
+    adapter = {k: v.shape for k, v in wanted.items() if ".base_layer." not in k}
+    assert {k: v.shape for k, v in written.items()} == adapter
+
+
+# With a shard cut short, peft drops elements of its padding too, and so draws other numbers.
+DROPPING = ("lora", "dora", "miss, whole shards")
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in DROPPING], ids=name_of)
+def test_dropout_in_training_is_pefts(case: Case, tmp_path: Path) -> None:
+    theirs = saved_by_peft(case, tmp_path).train()
+    untyped.manual_seed(6)
+    expected = output(theirs)
+    ours = surgery.attach(tmp_path, case.model()).model.train()
+    untyped.manual_seed(6)
+    found = output(ours)
+    assert (output(ours.eval()) - found).abs().max() > 1e-3
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_are_pefts(tmp_path: Path) -> None:
+    case = next(c for c in CASES if c.name == "dora on convolutions")
+    theirs = saved_by_peft(case, tmp_path)
+    for name, parameter in theirs.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    cast(Any, output(theirs).square().sum()).backward()
+    ours = surgery.attach(tmp_path, case.model())
+    cast(Any, output(ours.model).square().sum()).backward()
+    wanted = {
+        n.replace(".default", ""): p.grad
+        for n, p in theirs.named_parameters()
+        if p.grad is not None
+    }
+    found = {n: p.grad for n, p in ours.model.named_parameters() if p.grad is not None}
+    renamed = ours.mapping.rename(found, to="peft")
+    assert {k.removesuffix(".weight") for k in renamed} == {
+        k.removesuffix(".weight") for k in wanted
+    }
+    for key, gradient in wanted.items():
+        mine = renamed.get(key, renamed.get(key.removesuffix(".weight")))
+        assert mine is not None
+        torch.testing.assert_close(mine, gradient, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["bone", "bone-pad", "bat"])
+def test_golden_vectors_of_bone(name: str) -> None:
+    folder = Path(__file__).parents[1] / "golden" / "bone" / name
+    model = cast(Any, LlamaForCausalLM).from_pretrained(folder / "base").eval()
+    vectors = read_tensors(folder / "io.safetensors")
+    torch.testing.assert_close(model(vectors["x"]).logits, vectors["base"])
+    compiled = surgery.attach(folder / "adapter", model)
+    method = {s.form.method.name for s in compiled.plan.sites}
+    assert method == {"bat" if name == "bat" else "bone"}
+    logits = compiled.model(vectors["x"]).logits
+    torch.testing.assert_close(logits, vectors["adapted"], atol=1e-5, rtol=1e-5)
+
+
+def test_a_copy_stays_independent(tmp_path: Path) -> None:
+    case = CASES[0]
+    saved_by_peft(case, tmp_path)
+    ours = surgery.attach(tmp_path, case.model())
+    twin = copy.deepcopy(ours.model)
+    torch.testing.assert_close(output(twin), output(ours.model), atol=0, rtol=0)
+
+
+def test_embeddings_that_peft_saves_too_must_be_the_models_own(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=3, target_modules=["embed_tokens", "q_proj"])
+    case = Case("", llama, lambda: config, "")
+    theirs = saved_by_peft(case, tmp_path)
+    keys = [k for k in read_tensors(tmp_path / "adapter_model.safetensors") if "base_layer" in k]
+    assert keys == ["base_model.model.embed_tokens.base_layer.weight"]
+    ours = surgery.attach(tmp_path, llama())
+    torch.testing.assert_close(output(ours.model), output(theirs), atol=1e-5, rtol=1e-4)
+    other = llama()
+    with torch.no_grad():
+        cast(Tensor, cast(Any, other).embed_tokens.weight).add_(1)
+    with pytest.raises(surgery.SurgeryError, match=r"another `embed_tokens\.weight` than"):
+        surgery.attach(tmp_path, other)
+
+
+REFUSED = (
+    (
+        lambda: peft.OFTConfig(oft_block_size=3, target_modules=["q_proj"]),
+        "`use_cayley_neumann` is true: the Neumann series",
+    ),
+    (
+        lambda: peft.LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights="olora"),
+        '`init_lora_weights` is "olora": this beginning',
+    ),
+    (
+        lambda: peft.LoraConfig(r=3, target_modules=["q_proj"], bias="lora_only"),
+        '`bias` is "lora_only": trained biases',
+    ),
+    (
+        lambda: peft.LoraConfig(r=3, target_modules=["q_proj"], lora_bias=True),
+        "`lora_bias` is true, which `lora` knows nothing of",
+    ),
+    (
+        lambda: peft.LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["norm"]),
+        '`modules_to_save` is ["norm"]',
+    ),
+    (
+        lambda: peft.OFTConfig(
+            oft_block_size=3, block_share=True, use_cayley_neumann=False, target_modules=["q_proj"]
+        ),
+        "`block_share` is true: all blocks",
+    ),
+    (
+        lambda: peft.VeraConfig(r=3, target_modules=["q_proj"], save_projection=False),
+        "`save_projection` is false: the projections",
+    ),
+    (
+        lambda: peft.LoHaConfig(r=3, target_modules=["q_proj"]),
+        'peft_type "LOHA" is not known',
+    ),
+)
+
+
+@pytest.mark.filterwarnings("ignore:Specified to not save vera:UserWarning")
+@pytest.mark.filterwarnings("ignore:Adapter 'default'. 2 LoRA tensor:UserWarning")
+@pytest.mark.parametrize(("config", "message"), REFUSED)
+def test_what_would_compute_something_else_is_refused(
+    config: Callable[[], peft.PeftConfig], message: str, tmp_path: Path
+) -> None:
+    saved_by_peft(Case("", llama, config, ""), tmp_path)
+    model = llama()
+    before = output(model)
+    with pytest.raises(surgery.SurgeryError) as caught:
+        surgery.attach(tmp_path, model)
+    assert message in str(caught.value)
+    assert len(caught.value.diagnostics) == 1
+    assert torch.equal(output(model), before)
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups:UserWarning")
+def test_lora_of_a_grouped_convolution_is_another_equation(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["grouped", "head"])
+    saved_by_peft(Case("", convnet, lambda: config, ""), tmp_path)
+    with pytest.raises(surgery.SurgeryError, match=r"peft's lora on `grouped`.*2 group"):
+        surgery.attach(tmp_path, convnet())
+    compiled = surgery.compile("match /grouped/ apply lora(r=2)", convnet())
+    report = compiled.save(tmp_path / "ours")
+    assert "no tensor for A of lora on `grouped` (conv2d in 2 groups" in report.peft
+    torch.testing.assert_close(
+        output(surgery.attach(tmp_path / "ours", convnet()).model), output(compiled.model)
+    )
