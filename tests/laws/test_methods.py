@@ -1,0 +1,424 @@
+"""Every method on every kind of layer, against its mathematics written out by hand in float64."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
+
+import surgery
+
+PRIMES = (5, 7, 11, 13)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+
+# ------------------------------------------------------------------------------------- layers
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer with an input for it."""
+
+    module: nn.Module
+    x: Tensor
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What must divide the sizes of a site for a method to fit."""
+
+    fan_in: int = 1
+    fan_out: int = 1
+
+
+Draw = Callable[[st.SearchStrategy[Any]], Any]
+
+
+def linear(draw: Draw, needs: Needs) -> Layer:
+    fan_in, fan_out = draw(st.permutations(PRIMES))[:2]
+    fan_in, fan_out = fan_in * needs.fan_in, fan_out * needs.fan_out
+    return Layer(nn.Linear(fan_in, fan_out, bias=draw(st.booleans())), torch.randn(3, 2, fan_in))
+
+
+def transposed(draw: Draw, needs: Needs) -> Layer:
+    fan_in, fan_out = draw(st.permutations(PRIMES))[:2]
+    fan_in, fan_out = fan_in * needs.fan_in, fan_out * needs.fan_out
+    return Layer(spread(Conv1D(fan_out, fan_in)), torch.randn(2, 3, fan_in))
+
+
+def embedding(draw: Draw, needs: Needs) -> Layer:
+    count, width = draw(st.permutations(PRIMES))[:2]
+    count, width = count * needs.fan_in, width * needs.fan_out
+    return Layer(spread(nn.Embedding(count, width)), torch.arange(3 * count) % count)
+
+
+def conv2d(draw: Draw, needs: Needs) -> Layer:
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
+    channels = draw(st.sampled_from([2, 3])) * needs.fan_in
+    fan_out = draw(st.sampled_from([1, 2, 5])) * groups * needs.fan_out
+    mode = draw(st.sampled_from(["zeros", "zeros", "reflect", "replicate", "circular"]))
+    kernel = draw(st.sampled_from([(3, 3), (3, 1), (2, 3), (1, 1)]))
+    module = nn.Conv2d(
+        channels * groups,
+        fan_out,
+        kernel,
+        stride=draw(st.sampled_from([1, (2, 1), (1, 3)])),
+        padding=draw(st.sampled_from([0, 1, (2, 1), "valid"])),
+        dilation=draw(st.sampled_from([1, (1, 2)])),
+        groups=groups,
+        padding_mode=mode,
+        bias=draw(st.booleans()),
+    )
+    return Layer(module, torch.randn(2, channels * groups, 7, 11))
+
+
+def conv2d_same(draw: Draw, needs: Needs) -> Layer:
+    channels, fan_out = 3 * needs.fan_in, 5 * needs.fan_out
+    mode = draw(st.sampled_from(["zeros", "reflect", "circular"]))
+    module = nn.Conv2d(channels, fan_out, (3, 5), padding="same", dilation=(2, 1), padding_mode=mode)
+    return Layer(module, torch.randn(2, channels, 7, 11))
+
+
+def spread(layer: nn.Module) -> nn.Module:
+    """The layer with weights of a size that makes its output of order 1."""
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(0, 0.3)
+    return layer
+
+
+KINDS = {
+    "linear": linear,
+    "transposed_linear": transposed,
+    "embedding": embedding,
+    "conv2d": conv2d,
+    "conv2d_same": conv2d_same,
+}
+
+# -------------------------------------------------------------- the mathematics, by hand, [out, in]
+
+Arguments = Mapping[str, Any]
+Parameters = Mapping[str, Tensor]
+Reference = Callable[[Tensor, Parameters, Arguments], Tensor]
+
+
+def lora(w: Tensor, p: Parameters, a: Arguments) -> Tensor:
+    return w + scaling(a) * p["B"] @ p["A"]
+
+
+def scaling(a: Arguments) -> float:
+    return a["alpha"] / (math.sqrt(a["r"]) if a["rslora"] else a["r"])
+
+
+def dora(w: Tensor, p: Parameters, a: Arguments) -> Tensor:
+    direction = lora(w, p, a)
+    return (p["m"] / direction.norm(dim=1).detach())[:, None] * direction
+
+
+def bone(w: Tensor, p: Parameters, a: Arguments) -> Tensor:
+    columns = torch.arange(w.shape[1]) % a["r"]
+    return w + p["D"][columns].t()
+
+
+def bat(w: Tensor, p: Parameters, a: Arguments) -> Tensor:
+    new, r = w.clone(), a["r"]
+    for q in range(w.shape[0] // r):
+        rows, block = slice(q * r, q * r + r), p["B"][q]
+        for k in range(w.shape[1] // r):
+            columns = slice(k * r, k * r + r)
+            new[rows, columns] = w[rows, columns] @ (torch.eye(r).double() + block) + block
+    return new
+
+
+def mini(w: Tensor, p: Parameters, a: Arguments) -> Tensor:
+    columns = torch.arange(w.shape[1]) % a["r"]
+    return w + p["D"].repeat(1, w.shape[0] // a["mini_r"])[columns].t()
+
+
+def miss(w: Tensor, p: Parameters, a: Arguments) -> Tensor:
+    return {"default": bone, "mini": mini, "bat": bat}[a["init_weights"]](w, p, a)
+
+
+def vera(w: Tensor, p: Parameters, a: Arguments) -> Tensor:
+    del a
+    down, up = p["A"][:, : w.shape[1]], p["B"][: w.shape[0]]
+    return w + torch.diag(p["g"]) @ up @ torch.diag(p["d"]) @ down
+
+
+def oft(w: Tensor, p: Parameters, a: Arguments) -> Tensor:
+    size = a["block_size"] or w.shape[1] // a["r"]
+    one, blocks = torch.eye(size).double(), list[Tensor]()
+    for v in p["v"]:
+        q = torch.zeros(size, size).double()
+        q[tuple(torch.triu_indices(size, size, 1))] = v
+        q = q - q.t()
+        blocks.append((one - q) @ torch.linalg.inv(one + q))
+    return w @ torch.block_diag(*blocks).t()
+
+
+def ia3(w: Tensor, p: Parameters, a: Arguments) -> Tensor:
+    if a["side"] == "out":
+        return p["l"][:, None] * w
+    return w * p["l"].repeat_interleave(w.shape[1] // len(p["l"]))
+
+
+REFERENCES: Mapping[str, Reference] = {
+    "lora": lora,
+    "dora": dora,
+    "bone": bone,
+    "bat": bat,
+    "miss": miss,
+    "vera": vera,
+    "oft": oft,
+    "ia3": ia3,
+}
+
+CASES: Mapping[str, Needs] = {
+    "lora(r=3)": Needs(),
+    "lora(r=3, alpha=7)": Needs(),
+    "lora(r=5, alpha=2.5, dropout=0.3)": Needs(),
+    "lora(r=3, alpha=7, rslora=true)": Needs(),
+    "dora(r=3)": Needs(),
+    "dora(r=3, alpha=7, dropout=0.3, rslora=true)": Needs(),
+    "bone(r=3)": Needs(),
+    "bone(r=64)": Needs(),
+    "bat(r=2)": Needs(2, 2),
+    "bat(r=3)": Needs(3, 3),
+    "miss(r=5)": Needs(),
+    "miss(r=4, dropout=0.3)": Needs(),
+    'miss(r=3, init_weights="bat")': Needs(3, 3),
+    'miss(r=4, mini_r=2, init_weights="mini", dropout=0.3)': Needs(1, 2),
+    "ia3()": Needs(),
+    'ia3(side="in")': Needs(),
+    "vera(r=5)": Needs(),
+    "vera(r=7, dropout=0.3, d_initial=0.5)": Needs(),
+    "oft(block_size=2)": Needs(2, 1),
+    "oft(block_size=0, r=3)": Needs(3, 1),
+}
+
+# ------------------------------------------------------------------------------- the model
+
+
+class Model(nn.Module):
+    """A layer and something beside it."""
+
+    def __init__(self, site: nn.Module) -> None:
+        super().__init__()
+        self.site = site
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the layer gives."""
+        return self.site(x)
+
+
+@st.composite
+def models(draw: st.DrawFn, kind: str, needs: Needs) -> tuple[Model, Tensor]:
+    torch.manual_seed(draw(st.integers(0, 1000)))
+    layer = KINDS[kind](cast(Draw, draw), needs)
+    dtype = draw(st.sampled_from(DTYPES))
+    x = layer.x.to(dtype) if layer.x.is_floating_point() else layer.x
+    return Model(layer.module).to(dtype), x
+
+
+def nudge(compiled: surgery.Compiled) -> None:
+    """Move every trained element by a half to one, so that whatever it does shows."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in compiled.model.parameters():
+            if parameter.requires_grad:
+                step = 0.5 + 0.5 * torch.rand(parameter.shape, generator=generator)
+                sign = torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1
+                parameter.add_(step * sign)
+
+
+@dataclass(frozen=True)
+class ByHand:
+    """The adapted layer in float64: its parameters, and a bound on what rounding can do to it.
+
+    leaves: the adapter's parameters, of which the weights are made.
+    """
+
+    layer: nn.Module
+    leaves: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor]
+    bounds: Mapping[str, Tensor]
+
+    def output(self, x: Tensor) -> Tensor:
+        """The output on an input of any dtype."""
+        wide = x.double() if x.is_floating_point() else x
+        return functional_call(self.layer, dict(self.weights), (wide,))
+
+    def tolerance(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """A few roundings where 16 bits are rounded to, some sums in 32 or 64 bits."""
+        wide = x.double().abs() if x.is_floating_point() else x
+        bound = functional_call(self.layer, dict(self.bounds), (wide,))
+        return (2.5 if dtype is torch.bfloat16 else 32) * torch.finfo(dtype).eps * bound
+
+
+def by_hand(compiled: surgery.Compiled, base: Model) -> ByHand:
+    form = compiled.plan.sites[0].form
+    arguments = dict(form.arguments)
+    leaves = {
+        name.rpartition(".")[2]: tensor.double().requires_grad_()
+        for name, tensor in compiled.parameters().items()
+    }
+    layer = copy.deepcopy(base.site).double().requires_grad_(False)
+    weight, bias = cast(Tensor, layer.weight), cast("Tensor | None", layer._parameters.get("bias"))
+    turned = isinstance(layer, Conv1D | nn.Embedding)
+    matrix = weight.t() if turned else weight.flatten(1)
+    new = REFERENCES[form.method.name](matrix, leaves, arguments)
+    largest = matrix.abs() + new.detach().abs()
+    largest += 0.2 * largest.max()  # for what cancels within the equation
+    weights, bounds = {"weight": new}, {"weight": largest}
+    if turned:
+        weights, bounds = {"weight": new.t()}, {"weight": largest.t()}
+    if bias is not None:
+        scales_bias = form.method.name == "ia3" and arguments["side"] == "out"
+        weights["bias"] = leaves["l"] * bias if scales_bias else bias
+        bounds["bias"] = bias.abs() + weights["bias"].detach().abs()
+    shaped = {n: t.reshape(cast(Tensor, layer._parameters[n]).shape) for n, t in weights.items()}
+    limits = {n: t.reshape(shaped[n].shape) for n, t in bounds.items()}
+    return ByHand(layer, leaves, shaped, limits)
+
+
+# ------------------------------------------------------------------------------------- laws
+
+every_case = pytest.mark.parametrize("call", CASES)
+every_kind = pytest.mark.parametrize("kind", KINDS)
+EXACT_AT_START = ("lora", "bone", "miss(r=5", "miss(r=4", "ia3", "vera")
+"""Methods whose change is exactly zero at first; the others compute the same in another order."""
+
+
+@every_case
+@every_kind
+@settings(max_examples=10)
+@given(data=st.data())
+def test_forward_and_merged_forward_are_the_equation(
+    call: str, kind: str, data: st.DataObject
+) -> None:
+    model, x = data.draw(models(kind, CASES[call]))
+    dtype, base = model.gain.dtype, copy.deepcopy(model)
+    before = base(x)
+    compiled = surgery.compile(f"match site apply {call}", model)
+    model.eval()
+    assert ((model(x) - before).abs() <= by_hand(compiled, base).tolerance(x, dtype)).all()
+    assert torch.equal(model(x), before) or not call.startswith(EXACT_AT_START)
+    nudge(compiled)
+    hand = by_hand(compiled, base)
+    wanted, limit = hand.output(x), hand.tolerance(x, dtype)
+    # A factor that is left out, or a term, would be seen.
+    assert ((wanted - before.double()).abs() > 5 * limit).any()
+    forward = model(x)
+    assert (forward.dtype, forward.shape) == (dtype, before.shape)
+    assert ((forward.double() - wanted).abs() <= limit).all()
+    compiled.inverse.merge()
+    assert ((model(x).double() - wanted).abs() <= limit).all()
+
+
+@every_case
+@every_kind
+@settings(max_examples=5)
+@given(data=st.data())
+def test_the_merged_weight_is_rounded_once(call: str, kind: str, data: st.DataObject) -> None:
+    model, _ = data.draw(models(kind, CASES[call]))
+    base = copy.deepcopy(model)
+    compiled = surgery.compile(f"match site apply {call}", model)
+    nudge(compiled)
+    wanted = by_hand(compiled, base).weights
+    compiled.inverse.merge()
+    for name, tensor in wanted.items():
+        merged = cast(Tensor, model.site._parameters[name])
+        # Half a unit in the last place, and what float64 itself leaves open.
+        half = 0.5 * torch.finfo(merged.dtype).eps * tensor.abs() + 1e-12
+        assert ((merged.double() - tensor).abs() <= half).all()
+
+
+@every_case
+@every_kind
+@settings(max_examples=5)
+@given(data=st.data())
+def test_gradients_are_those_of_the_equation(call: str, kind: str, data: st.DataObject) -> None:
+    model, x = data.draw(models(kind, CASES[call]))
+    base = copy.deepcopy(model)
+    compiled = surgery.compile(f"match site apply {call}", model)
+    nudge(compiled)
+    model.eval()
+    hand = by_hand(compiled, base)
+    inputs = [x.detach().clone().requires_grad_()] if x.is_floating_point() else []
+    y = model(inputs[0] if inputs else x)
+    direction = torch.rand(y.shape, generator=torch.Generator().manual_seed(7)) - 0.5
+    y.backward(direction.to(y.dtype))
+    hand.output(x).backward(direction.double())
+    assert cast(Tensor, base.site.weight).grad is None
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        if parameter.grad is not None and model.gain.dtype is not torch.bfloat16:
+            wanted = cast(Tensor, hand.leaves[name.rpartition(".")[2]].grad)
+            off = (parameter.grad.double() - wanted).abs().max() / wanted.abs().max()
+            assert off <= 1e3 * torch.finfo(parameter.dtype).eps, name
+
+
+DROPPING = [call for call in CASES if "dropout" in call]
+
+
+@pytest.mark.parametrize("call", DROPPING)
+@every_kind
+@settings(max_examples=3)
+@given(data=st.data())
+def test_dropout_has_the_expectation_of_evaluation(
+    call: str, kind: str, data: st.DataObject
+) -> None:
+    model, x = data.draw(models(kind, CASES[call]))
+    model, x = model.double(), x.double() if x.is_floating_point() else x
+    compiled = surgery.compile(f"match site apply {call}", model)
+    nudge(compiled)
+    wanted = model.eval()(x[:1])
+    many = x[:1].expand(2000, *x.shape[1:]).contiguous()
+    torch.manual_seed(11)
+    seen = model.train()(many)
+    off = (seen.mean(0) - wanted[0]).abs()
+    assert (off <= 6 * seen.std(0) / math.sqrt(len(many)) + 1e-9).all()
+    assert seen.std(0).max() > 0.01
+    torch.manual_seed(11)
+    assert torch.equal(seen, model(many))
+
+
+@every_case
+@every_kind
+@settings(max_examples=4)
+@given(data=st.data())
+def test_counts_are_numels(call: str, kind: str, data: st.DataObject) -> None:
+    model, _ = data.draw(models(kind, CASES[call]))
+    base = sum(p.numel() for p in model.parameters())
+    planned = surgery.plan(f"match site apply {call}", model)
+    compiled = surgery.compile(f"match site apply {call}", model)
+    parameters = list(model.parameters())
+    assert planned.base_count == base
+    assert planned.trainable == sum(p.numel() for p in parameters if p.requires_grad)
+    assert planned.total == sum(p.numel() for p in parameters) - base
+    own = compiled.parameters().values()
+    assert planned.total == sum(t.numel() for t in own)
+    assert planned.bytes == sum(t.numel() * t.element_size() for t in own)
+
+
+@every_case
+@every_kind
+@settings(max_examples=3)
+@given(data=st.data())
+def test_a_plan_on_meta_is_the_same_plan(call: str, kind: str, data: st.DataObject) -> None:
+    model, _ = data.draw(models(kind, CASES[call]))
+    spec = f"match site apply {call}"
+    real = surgery.plan(spec, model)
+    on_meta = surgery.plan(spec, model.to("meta"))
+    assert real.as_json() == on_meta.as_json()
+    assert str(real) == str(on_meta)
