@@ -21,7 +21,7 @@ from surgery.errors import Diagnostic, Span
 from surgery.language import syntax as ast
 from surgery.model.layers import Geometry, LayerKind, Sizes
 from surgery.model.sites import Site
-from surgery.report import plan_json, plan_table
+from surgery.report import aligned, shown, shown_bytes, shown_shape
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,134 @@ class Plan:
             yield prod(shared.shape), shared.parameter.trained, shared.dtype
 
     def __str__(self) -> str:
-        return plan_table(self)
+        return _table(self)
 
     def as_json(self) -> dict[str, object]:
         """The plan as plain data."""
-        return plan_json(self)
+        return _as_json(self)
+
+
+# ------------------------------------------------------------------------------- how it is shown
+
+_MERGE_NOTES = {
+    "exact": "merging changes no weight",
+    "algebraic": "the merge can be undone by arithmetic alone",
+    "witness": "undoing the merge needs a vector that the merge keeps",
+    "snapshot": "undoing the merge needs the base weight itself",
+    "none": "cannot be merged",
+}
+
+
+def _table(plan: Plan) -> str:
+    """The table: a row a site, then the equations, then the totals."""
+    several = len(plan.adapters) > 1
+    header = ["site", "kind", "out × in", "method", "parameters", "trained", "merge"]
+    rows = [_row(site, several) for site in plan.sites]
+    lines = aligned([header, *rows])
+    lines += ["", *_equations(plan), "", *_totals(plan)]
+    lines += [str(d) for d in plan.diagnostics]
+    return "\n".join(lines)
+
+
+def _row(site: PlannedSite, several: bool) -> list[str]:
+    form = site.form
+    call = f"{form.method.name}({_arguments(site)})"
+    trained = sum(prod(form.shapes[p.name]) for p in form.parameters if p.trained)
+    return [
+        site.path or "(the model itself)",
+        form.kind.name,
+        f"{form.sizes.fan_out} × {form.sizes.fan_in}",
+        f"{site.adapter}: {call}" if several else call,
+        " ".join(f"{n}{shown_shape(s)}" for n, s in form.shapes.items()),
+        f"{trained:,}",
+        form.derived.merge_class,
+    ]
+
+
+def _arguments(site: PlannedSite) -> str:
+    return ", ".join(f"{n}={shown(v)}" for n, v in site.form.arguments)
+
+
+def _equations(plan: Plan) -> list[str]:
+    lines: dict[str, None] = {}
+    for site in plan.sites:
+        form = site.form
+        note = form.derived.reason or _MERGE_NOTES[form.derived.merge_class]
+        lines[f"{form.method.name}: {form.equation}"] = None
+        lines[f"  {form.derived.merge_class}: {note}"] = None
+        if _adds_bias(site):
+            lines[
+                f"  {form.method.name} adds a bias to layers that have none when it is merged"
+            ] = None
+    return list(lines)
+
+
+def _adds_bias(site: PlannedSite) -> bool:
+    merged = site.form.derived.still
+    return merged is not None and not site.form.has_bias and merged.bias.op != "zeros"
+
+
+def _totals(plan: Plan) -> list[str]:
+    share = plan.trainable / plan.base_count if plan.base_count else 0
+    lines = [
+        f"{len(plan.sites)} sites, {plan.trainable:,} trainable of {plan.total:,} adapter "
+        f"parameters, {shown_bytes(plan.bytes)}",
+        f"the base has {plan.base_count:,} parameters, {shown_bytes(plan.base_bytes)}; "
+        f"{share:.3%} of that is trained",
+    ]
+    if plan.shared:
+        names = ", ".join(
+            f"{s.method}.{s.parameter.name}{shown_shape(s.shape)}" for s in plan.shared
+        )
+        lines.append(f"shared by all their sites and counted once: {names}")
+    return lines
+
+
+def _as_json(plan: Plan) -> dict[str, object]:
+    """The plan as plain data, one object a site."""
+    return {
+        "sites": [_site_json(site) for site in plan.sites],
+        "shared": [
+            {
+                "adapter": s.adapter,
+                "method": s.method,
+                "name": s.parameter.name,
+                "shape": list(s.shape),
+                "trained": s.parameter.trained,
+            }
+            for s in plan.shared
+        ],
+        "adapters": list(plan.adapters),
+        "trainable": plan.trainable,
+        "total": plan.total,
+        "bytes": plan.bytes,
+        "base": {"parameters": plan.base_count, "bytes": plan.base_bytes},
+        "diagnostics": [d.as_json() for d in plan.diagnostics],
+    }
+
+
+def _site_json(site: PlannedSite) -> dict[str, object]:
+    form = site.form
+    return {
+        "path": site.path,
+        "adapter": site.adapter,
+        "kind": form.kind.name,
+        "in": form.sizes.fan_in,
+        "out": form.sizes.fan_out,
+        "layer": site.site.layer,
+        "method": form.method.name,
+        "arguments": dict(form.arguments),
+        "equation": form.equation,
+        "parameters": {
+            p.name: {
+                "shape": list(form.shapes[p.name]),
+                "trained": p.trained,
+                "shared": p.shared,
+                "dtype": str(form.dtype).removeprefix("torch."),
+            }
+            for p in form.parameters
+        },
+        "merge": form.derived.merge_class,
+        "reason": form.derived.reason,
+        "adds_bias": _adds_bias(site),
+    }

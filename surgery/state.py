@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from surgery.errors import refuse
-from surgery.model.storage import Kept
+from surgery.model.stored import Kept
 from surgery.plan import Plan, PlannedSite
 
 _ATTRIBUTE = "_surgery_state"

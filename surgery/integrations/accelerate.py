@@ -25,7 +25,8 @@ from surgery.model.holder import (
     parameters_of,
 )
 from surgery.model.hooked import COVER
-from surgery.model.storage import Kept, Storage, address, register, requires_grad
+from surgery.model.storage import address, register, requires_grad
+from surgery.model.stored import Kept, Storage
 
 Device = torch.device | str | int
 

@@ -9,13 +9,10 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from types import MethodType
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from torch import nn
-
-if TYPE_CHECKING:
-    from surgery.model.storage import Storage
 
 COVER = "_surgery_cover"
 """Where `adopt` notes the hook of an ancestor that offloads a module, and the module's prefix."""

@@ -6,9 +6,8 @@ tensor: what a module held is never written into, so that it can be given back a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Hashable, Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,54 +16,9 @@ from torch.nn.parameter import is_lazy
 from surgery.model.holder import parameters_of
 from surgery.model.hooked import integration_of
 from surgery.model.layers import LayerKind
+from surgery.model.stored import Kept, Storage
 
 ParameterName = Literal["weight", "bias"]
-
-
-class Elsewhere(Protocol):
-    """Where an offloaded tensor is kept, as one integration knows it."""
-
-    def tensor(self) -> Tensor:
-        """The tensor, loaded if need be."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """What a module held under a name, to be given back as it was.
-
-    parameter: the very object, None where there was none; on meta if it was offloaded.
-    elsewhere: for an offloaded parameter, where its data is.
-    """
-
-    parameter: nn.Parameter | None
-    elsewhere: Elsewhere | None = None
-
-    def tensor(self) -> Tensor | None:
-        """The value kept, in its stored layout; not to be written into."""
-        if self.parameter is None or self.elsewhere is not None:
-            return None if self.elsewhere is None else self.elsewhere.tensor()
-        return self.parameter.detach()
-
-
-@dataclass(frozen=True, slots=True)
-class Storage:
-    """One row. All functions but `applies` may rely on `applies`.
-
-    fetch: the stored tensor, or None if it has no data yet or is absent.
-    keep: what is held under a name.
-    install: hold another tensor (None: no parameter) under a name, flags and order unchanged.
-    put_back: undo any number of `install`s.
-    identity: equal for two parameters that share their data.
-    """
-
-    name: str
-    applies: Callable[[nn.Module], bool]
-    fetch: Callable[[nn.Module, str], Tensor | None]
-    keep: Callable[[nn.Module, str], Kept]
-    install: Callable[[nn.Module, str, Tensor | None], None]
-    put_back: Callable[[nn.Module, str, Kept], None]
-    identity: Callable[[nn.Module, str], Hashable]
 
 
 # ------------------------------------------------------------------------- plain parameters
