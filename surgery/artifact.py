@@ -26,7 +26,8 @@ from surgery.language.library import Library
 from surgery.language.parse import parse_bytes
 from surgery.mapping import ForeignConfig, Reason, StateDictMapping, mapping_of, peft_config
 from surgery.mapping.keys import ADAPTED, NATIVE
-from surgery.plan import Assignment, Plan, PlannedSite, SiteClass, plan_assignments
+from surgery.plan import Assignment, plan_assignments
+from surgery.planned import Plan, PlannedSite, SiteClass
 from surgery.store import (
     TensorFile,
     Writer,

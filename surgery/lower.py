@@ -165,6 +165,10 @@ class _GraphPort:
             self._cast[x] = self.function(cast_to, x, self.form_class.dtype)
         return self._cast[x]
 
+    def widen(self, y: Any) -> Any:
+        """The layer's output in the dtype of the parameters."""
+        return self.function(cast_to, y, self.form_class.dtype) if self.mixed else y
+
     def scale_channels(self, x: Any, factors: Any) -> Any:
         """Patches times a factor a channel."""
         scale = self.form_class.kind.scale

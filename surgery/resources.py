@@ -7,21 +7,27 @@ from pathlib import Path
 _PACKAGE = Path(__file__).parent
 
 
-def _folder(name: str) -> Path:
-    packaged = _PACKAGE / "_data" / name
-    return packaged if packaged.is_dir() else _PACKAGE.parent / name
+def grammar_file(name: str = "surgery.lark") -> Path:
+    """A file that defines the syntax: the grammar, or the tables made of it."""
+    return _folder("grammar") / name
 
 
-def grammar_file() -> Path:
-    """The definition of the syntax."""
-    return _folder("grammar") / "surgery.lark"
+def specs_dir() -> Path:
+    """The folder of everything that is written in the language itself."""
+    return _folder("specs")
 
 
 def methods_dir() -> Path:
     """The folder that is the registry of methods: one file each, by name."""
-    return _folder("specs") / "methods"
+    return specs_dir() / "methods"
 
 
 def formats_dir() -> Path:
     """The folder of checkpoint formats: one file each."""
-    return _folder("specs") / "formats"
+    return specs_dir() / "formats"
+
+
+def _folder(name: str) -> Path:
+    # An editable install runs the package in its checkout, so two places are all there are.
+    packaged = _PACKAGE / "_data" / name
+    return packaged if packaged.is_dir() else _PACKAGE.parent / name

@@ -16,7 +16,8 @@ from surgery.language.library import Library
 from surgery.language.parse import parse
 from surgery.mapping import ForeignConfig, Reason, StateDictMapping, mapping_of, peft_config
 from surgery.mapping.paths import at_start, exactly, member, override
-from surgery.plan import Plan, plan
+from surgery.plan import plan
+from surgery.planned import Plan
 
 
 class Net(nn.Module):
@@ -152,7 +153,7 @@ def test_a_parameter_named_like_one_of_the_site_gets_another_name() -> None:
 
 def test_two_tensors_of_one_name_are_refused() -> None:
     mapping = mapping_of(planned("match q apply lora(r=2)"), Net())
-    with pytest.raises(PlanError, match=r"E307.*would be `layers\.0\.q\.A`"):
+    with pytest.raises(PlanError, match=r"E320.*would be `layers\.0\.q\.A`"):
         StateDictMapping(mapping.rows, ("layers.0.q.A",))
 
 

@@ -43,6 +43,10 @@ class Port(Protocol):
         """The input as features, in the dtype of the parameters."""
         ...
 
+    def widen(self, y: Tensor) -> Tensor:
+        """What comes from `base` in the dtype of the parameters."""
+        ...
+
     def scale_channels(self, x: Tensor, factors: Tensor) -> Tensor:
         """Patches times a factor a channel."""
         ...
@@ -156,6 +160,7 @@ class Interpreter(Evaluator):
             y = self.port.apply(matrix, v.tensor, whole)
             split = self.port.groups > 1 and not whole
             return Vector(y if v.factor is None else y * v.factor, grouped=split)
+        v = self._wide(v)
         offset = self._moved(expr, v.offset)
         if v.grouped and whole:
             return Vector(_rows_by_group(matrix, v.tensor, self.port.groups), offset=offset)
@@ -172,7 +177,7 @@ class Interpreter(Evaluator):
         y = self.port.base(v.tensor, changed=v.changed or not v.raw)
         if v.factor is not None:
             y = y * v.factor
-        return Vector(y, offset=make("neg", BIAS) if self.has_bias else None)
+        return Vector(y, narrow=True, offset=make("neg", BIAS) if self.has_bias else None)
 
     def features(self, v: Vector) -> Vector | None:
         """v with its features last; None for an input that only a whole matrix can read."""
@@ -208,7 +213,7 @@ class Interpreter(Evaluator):
 
     def multiply(self, factor: Expr, v: Vector) -> Vector:
         """v by a number."""
-        v = self._plain(v)
+        v = self._wide(self._plain(v))
         offset = None if v.offset is None else make("mul", factor, v.offset)
         negative = factor.op == "number" and constant(factor) == constant(number(-1))
         tensor = -v.tensor if negative else v.tensor * self.value(factor)
@@ -217,6 +222,8 @@ class Interpreter(Evaluator):
     def add(self, left: Vector, right: Vector, alpha: int) -> Vector:
         """left ± right."""
         left, right = self._plain(left), self._plain(right)
+        if left.narrow and right.narrow:
+            left = self._wide(left)  # else the sum would be rounded, and once more at the end
         tensor = left.tensor + right.tensor if alpha > 0 else left.tensor - right.tensor
         offset = left.offset
         if right.offset is not None:
@@ -225,15 +232,19 @@ class Interpreter(Evaluator):
                 offset = make(op, offset, right.offset)
             else:
                 offset = right.offset if alpha > 0 else make("neg", right.offset)
-        return replace(left, tensor=tensor, offset=offset)
+        return replace(left, tensor=tensor, offset=offset, narrow=False)
 
     def mapped(self, expr: Expr, v: Vector, function: Callable[[Tensor], Tensor]) -> Vector | None:
         """A function that is the matrix `expr` on features."""
         features = self.features(v)
         if features is None or (features.grouped and expr.shape[0] == OUT):
             return None
+        features = self._wide(features)
         tensor = function(features.tensor)
         return replace(features, tensor=tensor, offset=self._moved(expr, v.offset))
+
+    def _wide(self, v: Vector) -> Vector:
+        return replace(v, tensor=self.port.widen(v.tensor), narrow=False) if v.narrow else v
 
     def _settled(self, v: Vector) -> Vector:
         if v.offset is None or is_zero(v.offset):
@@ -292,7 +303,7 @@ class Interpreter(Evaluator):
             )
         if features.grouped:
             raise Unlowerable("x is read group by group here, and only a matrix joins the groups")
-        return features.tensor
+        return self._wide(features).tensor
 
 
 def _rows_by_group(matrix: Tensor, x: Tensor, groups: int) -> Tensor:

@@ -46,6 +46,7 @@ class Vector:
     tensor: [..., n], or [..., groups, n] while `grouped`; if `raw`, the site's own input in
         whatever form its kind takes, with `factor` [..., 1] to multiply what is read from it;
         `changed` if it is no longer just as it came.
+    narrow: whether it may be in the dtype of the site's output, and not of the parameters.
     offset: a constant vector [n] still to be added; None for none.
     """
 
@@ -53,6 +54,7 @@ class Vector:
     raw: bool = False
     grouped: bool = False
     changed: bool = False
+    narrow: bool = False
     factor: Tensor | None = None
     offset: Expr | None = None
 

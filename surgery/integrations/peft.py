@@ -35,7 +35,8 @@ from surgery.mapping.fields import Value as ValueForm
 from surgery.mapping.spelling import dialect_of, rows_of
 from surgery.model.holder import ADAPTERS
 from surgery.model.inventory import survey
-from surgery.plan import Assignment, Plan, plan_assignments
+from surgery.plan import Assignment, plan_assignments
+from surgery.planned import Plan
 from surgery.store import TensorFile, read_json, read_tensors, read_text
 
 NAME = "peft"

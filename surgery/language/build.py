@@ -1,9 +1,12 @@
-"""Rule names of the grammar to nodes of the syntax tree. Nothing here raises; meaning comes later."""
+"""Rule names of the grammar to nodes of the syntax tree.
+
+Nothing here raises; what a node means comes later.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from surgery.errors import Span
 from surgery.language import syntax as ast
@@ -50,8 +53,9 @@ def _match(span: Span, children: Sequence[Any]) -> ast.Match:
 
 
 def _application(span: Span, children: Sequence[Any]) -> ast.Application:
-    name, *keywords = children
-    return ast.Application(str(name), keywords[0] if keywords else (), span=span)
+    name, *given = children
+    keywords = _only(ast.Keyword, given[0]) if given else ()
+    return ast.Application(str(name), keywords, span=span)
 
 
 def _param(span: Span, children: Sequence[Any]) -> ast.Param:
@@ -151,8 +155,8 @@ def _branch(span: Span, children: Sequence[Any]) -> ast.Branch:
 
 def _otherwise(span: Span, children: Sequence[Any]) -> tuple[Any, ...]:
     del span
-    body = children[0]
-    return body if isinstance(body, tuple) else (body,)
+    (body,) = children
+    return (body,) if isinstance(body, ast.Branch) else body
 
 
 # ------------------------------------------------------------------------------- formats
@@ -236,13 +240,17 @@ def _conditional(span: Span, children: Sequence[Any]) -> ast.Conditional:
 
 def _binary(span: Span, children: Sequence[Any]) -> ast.Binary:
     left, operator, right = children
-    return ast.Binary(str(operator), left, right, span=span)  # pyright: ignore[reportArgumentType]
+    return ast.Binary(_operator(operator), left, right, span=span)
+
+
+def _operator(token: str) -> ast.BinaryOperator:
+    return cast("ast.BinaryOperator", str(token))
 
 
 def _logical(operator: str) -> Builder:
     def build(span: Span, children: Sequence[Any]) -> ast.Binary:
         left, right = children
-        return ast.Binary(operator, left, right, span=span)  # pyright: ignore[reportArgumentType]
+        return ast.Binary(_operator(operator), left, right, span=span)
 
     return build
 
@@ -314,7 +322,7 @@ BUILDERS: Mapping[str, Builder] = {
     "truth": _truth,
     "call": _call,
     "arguments": _tuple,
-    "keywords": _tuple,
+    "arguments_of_method": _tuple,
     "keyword": _keyword,
     "name": _name,
 }

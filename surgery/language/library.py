@@ -11,10 +11,13 @@ from surgery.language.parse import load
 from surgery.resources import formats_dir, methods_dir
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Library:
-    """Methods and formats by name. A definition of a spec shadows the standard one of that name,
-    its formats included: what a format says holds for the equation it was written for.
+    """Methods and formats by name; a spec's own definitions stand before the standard ones.
+
+    A method that a spec defines has only the formats of that spec: what a format says holds for the
+    equation it was written for. A format that a spec writes for a standard method takes the place
+    of the standard one of that name.
     """
 
     methods: Mapping[str, ast.Method] = field(default_factory=dict[str, ast.Method])
@@ -30,18 +33,24 @@ class Library:
         return self.methods.get(name) or _standard_method(name)
 
     def names(self) -> tuple[str, ...]:
-        """Every method there is, in alphabetical order."""
+        """Every method there is, in alphabetical order; no file is read for it."""
         return tuple(sorted({*self.methods, *_standard_names()}))
 
     def formats(self, method: str) -> tuple[ast.Format, ...]:
-        """How formats spell a method, in the order in which they are written."""
-        formats = self.own_formats if method in self.methods else _standard_formats()
-        return tuple(f for f in formats if f.method == method)
+        """How formats spell a method, in the order in which they are written, a spec's own first.
+
+        Raises SpecSyntaxError for a damaged file.
+        """
+        own = tuple(f for f in self.own_formats if f.method == method)
+        if method in self.methods:
+            return own
+        shadowed = {f.name for f in own}
+        standard = (f for f in _standard_formats() if f.method == method)
+        return (*own, *(f for f in standard if f.name not in shadowed))
 
     def all_formats(self) -> tuple[ast.Format, ...]:
-        """Every format statement that holds: the standard ones not shadowed, and the spec's own."""
-        kept = (f for f in _standard_formats() if f.method not in self.methods)
-        return (*kept, *self.own_formats)
+        """The formats of every method, method by method."""
+        return tuple(f for name in self.names() for f in self.formats(name))
 
     def extended(self, spec: ast.Spec) -> Library:
         """This library with a spec's own definitions before it."""
@@ -49,7 +58,13 @@ class Library:
         formats = tuple(s for s in spec.statements if isinstance(s, ast.Format))
         if not methods and not formats:
             return self
-        return Library({**self.methods, **methods}, (*self.own_formats, *formats))
+        replaced = {(f.name, f.method) for f in formats}
+        kept = tuple(
+            f
+            for f in self.own_formats
+            if f.method not in methods and (f.name, f.method) not in replaced
+        )
+        return Library({**self.methods, **methods}, (*formats, *kept))
 
 
 @lru_cache(maxsize=1)

@@ -2,59 +2,40 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from difflib import get_close_matches
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from surgery.errors import Diagnostic, Report, Source, Span, SurgeryError, error_of, refuse
+from surgery.errors import Diagnostic, Report, Source, Span, error_of, refuse
 from surgery.language import syntax as ast
 from surgery.language.build import BUILDERS
-from surgery.language.tables import load_parser
+from surgery.language.complaints import LATER, RESERVED, complaint
+from surgery.language.outline import Outline, Piece, outline
 
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 100
 
-_KEYWORDS = ("match", "param", "let", "adapter", "method", "format")
-_STATEMENT = re.compile(rf"^(?:{'|'.join(_KEYWORDS)})\b", re.MULTILINE)
-_WORD = re.compile(r"[A-Za-z_]\w*")
-
-# What later versions of the language begin statements and clauses with.
-LATER = ("where", "optional", "then", "train", "save", "activate", "use")
-RESERVED = ("share", "untie", "at", "init", "lr", "stack", "parallel", "average", "fuse")
-
-_FRIENDLY = {
-    "NAME": "a name",
-    "NUMBER": "a number",
-    "TEXT": "a text in double quotes",
-    "REGEX": "a /regex/",
-    "GLOB": "a name or glob",
-    "TRUTH": "true or false",
-    "SIGN": "+ or -",
-    "TIMES": "@, / or %",
-    "STAR": "*",
-    "POWER": "**",
-    "COMPARISON": "a comparison",
-    "TRANSPOSED": "ᵀ",
-    "$END": "the end",
-    "_SEMI": ";",
-}
+# The tree of an expression may be deeper than its brackets, such as a sum of many terms; passes
+# over it recurse.
+_MAX_LEVELS = 3 * MAX_DEPTH
+_MAX_FINDINGS = 40
 
 
 def load(path: str | Path) -> ast.Spec:
     """The spec in a file. Raises ArtifactError (E501) if it cannot be read, SpecSyntaxError."""
-    path = Path(path)
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        refuse("E501", f"cannot read {path}: {error.strerror}", hint="check the path")
+        with Path(path).open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        refuse("E501", f"cannot read {path}: {reason}", hint="check the path")
     return parse_bytes(data, str(path))
 
 
 def parse_bytes(data: bytes, name: str) -> ast.Spec:
-    """The spec in some bytes, which must be UTF-8 (E001)."""
+    """The spec in some bytes, which must be UTF-8 (E001); raises SpecSyntaxError as `parse`."""
+    _guard_size(len(data))
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -63,25 +44,30 @@ def parse_bytes(data: bytes, name: str) -> ast.Spec:
             f"{name} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}",
             hint="save the file as UTF-8",
         )
-    return parse(text, name)
+    return parse(text.removeprefix("\ufeff"), name)  # a mark that some editors begin a file with
 
 
 def parse(text: str, name: str = "<spec>") -> ast.Spec:
-    """The spec that a text is. Raises SpecSyntaxError with every syntax error that was found."""
+    """The spec that a text is.
+
+    Raises SpecSyntaxError with every syntax error that was found: E001 (not UTF-8), E002 (too long
+    or too deep), E003 (unexpected), E004 (of a later version), E005 (empty), E006 (not closed),
+    E008 (an argument without its name).
+    """
     source = Source(name, text)
-    _guard(source)
-    try:
-        spec = _parsed(text, source)
-    except SurgeryError as first:
-        report = Report()
-        report.extend(first.diagnostics)
-        report.extend(_further(source, first.diagnostics))
-        raise error_of(report.found) from None
+    whole = _guard(source)
+    spec, found = _attempt(source, Piece(0, len(text)), whole)
+    report = Report()
+    report.extend(found)
+    if spec is None:
+        report.extend(_further(source, whole, _offset(found[0])))
+    if report.failed or spec is None:
+        raise error_of(report.found)
     if not spec.statements:
         refuse(
             "E005",
             "the spec is empty",
-            hint="a spec is at least one statement: `match /q_proj|v_proj/ apply lora(r=8)`",
+            hint="a spec is at least one statement: `match /q_proj|v_proj/ apply METHOD(r=8)`",
         )
     return spec
 
@@ -89,34 +75,44 @@ def parse(text: str, name: str = "<spec>") -> ast.Spec:
 # ------------------------------------------------------------------------------------ guards
 
 
-def _guard(source: Source) -> None:
-    size = len(source.text.encode("utf-8", "surrogatepass"))
+def _guard(source: Source) -> Outline:
+    """What can be refused before parsing: the size, and the depth of brackets."""
+    try:
+        _guard_size(len(source.text.encode("utf-8")))
+    except UnicodeEncodeError as error:
+        where = Span(source, error.start, error.start + 1)
+        refuse("E001", "half of a surrogate pair is no character", where)
+    whole = outline(source.text)
+    deep = whole.too_deep(MAX_DEPTH)
+    if deep is not None:
+        refuse("E002", f"nested deeper than {MAX_DEPTH}", Span(source, deep, deep + 1))
+    return whole
+
+
+def _guard_size(size: int) -> None:
     if size > MAX_BYTES:
-        refuse("E002", f"the spec has {size:,} bytes; {MAX_BYTES:,} is the most")
-    depth = 0
-    for at, character in enumerate(source.text):
-        if character in "([{":
-            depth += 1
-        elif character in ")]}":
-            depth = max(0, depth - 1)
-        if depth > MAX_DEPTH:
-            refuse("E002", f"nested deeper than {MAX_DEPTH}", Span(source, at, at + 1))
+        refuse(
+            "E002",
+            f"the spec is longer than {MAX_BYTES:,} bytes",
+            hint="a selector takes many modules at once: `match /q_proj|v_proj/`",
+        )
 
 
-def _guard_depth(node: Any) -> None:
-    """Refuse a tree too deep to be walked, such as a sum of a thousand terms."""
-    level: list[Any] = [node]
-    for _ in range(3 * MAX_DEPTH):
-        level = [c for n in level for c in _children(n)]
+def _too_deep(spec: ast.Spec) -> Iterator[Diagnostic]:
+    """Whether the tree is too deep to be walked, such as a sum of a thousand terms."""
+    level: list[ast.Node] = [spec]
+    for _ in range(_MAX_LEVELS):
+        level = [child for node in level for child in _children(node)]
         if not level:
             return
-    refuse("E002", "this expression is too long", level[0].span, hint="name its parts with `let`")
+    hint = "name its parts with `let`"
+    yield Diagnostic("E002", "this expression is too long", level[0].span, hint=hint)
 
 
-def _children(node: Any) -> Iterator[Any]:
-    for name in type(node).__dataclass_fields__:
-        value = getattr(node, name)
-        for child in value if isinstance(value, tuple) else (value,):
+def _children(node: ast.Node) -> Iterator[ast.Node]:
+    for name in node.__dataclass_fields__:
+        value: Any = getattr(node, name)
+        for child in cast("tuple[Any, ...]", value) if isinstance(value, tuple) else (value,):
             if isinstance(child, ast.Node):
                 yield child
 
@@ -126,108 +122,85 @@ def _children(node: Any) -> Iterator[Any]:
 
 @lru_cache(maxsize=1)
 def _parser() -> Any:
+    from surgery.language.tables import load_parser
+
     return load_parser()
 
 
-def _parsed(text: str, source: Source) -> ast.Spec:
-    from lark.exceptions import UnexpectedCharacters, UnexpectedInput, UnexpectedToken
+def _attempt(
+    source: Source, piece: Piece, whole: Outline
+) -> tuple[ast.Spec | None, list[Diagnostic]]:
+    """The spec that a piece of the source is, or None if it is not one; and what is wrong."""
+    from lark.exceptions import UnexpectedInput
 
     try:
-        tree = _parser().parse(text)
-    except UnexpectedToken as error:
-        raise error_of([_unexpected_token(error, source)]) from None
-    except UnexpectedCharacters as error:
-        raise error_of([_unexpected_character(error, source)]) from None
-    except UnexpectedInput:
-        refuse("E003", "the spec ends in the middle of a statement", _end(source))
-    spec = _built(tree, source)
-    _guard_depth(spec)
-    return spec
+        tree = _parser().parse(source.text[piece.start : piece.end])
+    except UnexpectedInput as error:
+        return None, [complaint(error, source, piece.start, whole.unclosed(), _parser())]
+    parts = list(tree.iter_subtrees())
+    found = sorted(_misused(parts, source, piece.start), key=_offset)
+    spec = _built(parts, source, piece.start)
+    return spec, [*found, *_too_deep(spec)]
 
 
-def _built(tree: Any, source: Source) -> ast.Spec:
-    """The syntax tree, from the leaves up and without recursion."""
-    from lark import Tree
-
+def _built(parts: Sequence[Any], source: Source, base: int) -> ast.Spec:
+    """The syntax tree, from the leaves up and without recursion; `parts` end with the root."""
     made: dict[int, Any] = {}
-    for part in tree.iter_subtrees():
-        children = [made[id(c)] if isinstance(c, Tree) else c for c in part.children]
-        empty = part.meta.empty
-        start, end = (0, 0) if empty else (part.meta.start_pos, part.meta.end_pos)
-        made[id(part)] = BUILDERS[part.data](Span(source, start, end), children)
-    return made[id(tree)]
+    for part in parts:
+        children = [made.get(id(child), child) for child in part.children]
+        made[id(part)] = BUILDERS[part.data](_span(part, source, base), children)
+    return made[id(parts[-1])]
 
 
-def _further(source: Source, found: tuple[Diagnostic, ...]) -> Iterator[Diagnostic]:
-    """Syntax errors in the statements that follow the first; each begins its line."""
-    at = _offset(found[0])
-    while True:
-        match = _STATEMENT.search(source.text, at)
-        if match is None:
+def _span(part: Any, source: Source, base: int) -> Span:
+    if part.meta.empty:
+        return Span(source, base, base)
+    return Span(source, base + part.meta.start_pos, base + part.meta.end_pos)
+
+
+def _further(source: Source, whole: Outline, at: int) -> Iterator[Diagnostic]:
+    """Syntax errors in the statements that begin at `at` or after it."""
+    count, good_until = 1, 0
+    for piece in whole.pieces():
+        if piece.start < max(at, good_until):
+            continue
+        spec, found = _attempt(source, piece, whole)
+        yield from found
+        if spec is None:
+            at = max(_offset(found[0]), piece.start + 1)
+        else:
+            good_until = piece.end
+        count += len(found)
+        if count >= _MAX_FINDINGS:
             return
-        blank = re.sub(r"[^\n]", " ", source.text[: match.start()])
-        try:
-            _parsed(blank + source.text[match.start() :], source)
-            return
-        except SurgeryError as error:
-            yield from error.diagnostics
-            at = max(match.end(), _offset(error.diagnostics[0]))
 
 
 def _offset(diagnostic: Diagnostic) -> int:
     return diagnostic.span.start if diagnostic.span is not None else 0
 
 
-# ------------------------------------------------------------------------------------- errors
+# ---------------------------------------------------------------------------- after the grammar
 
 
-def _unexpected_token(error: Any, source: Source) -> Diagnostic:
-    token = error.token
-    if token.type == "$END":
-        return Diagnostic(
-            "E003",
-            "the spec ends in the middle of a statement",
-            _end(source),
-            hint=_expected(error.accepts or error.expected),
-        )
-    start = token.start_pos
-    return _unexpected(source, start, str(token), error.accepts or error.expected)
+def _misused(parts: Iterable[Any], source: Source, base: int) -> Iterator[Diagnostic]:
+    """What the grammar lets through so that it can be said better here."""
+    for part in parts:
+        if part.data == "arguments_of_method":
+            yield from _unnamed(part, source, base)
+        # The name of a config field is another program's, so any word will do.
+        for child in part.children[1 if part.data == "field" else 0 :]:
+            if getattr(child, "type", "") == "NAME" and child in RESERVED | LATER:
+                yield Diagnostic(
+                    "E003",
+                    f"`{child}` is reserved: it cannot be a name",
+                    Span(source, base + child.start_pos, base + child.end_pos),
+                    hint="choose another name",
+                )
 
 
-def _unexpected_character(error: Any, source: Source) -> Diagnostic:
-    start = error.pos_in_stream
-    word = _WORD.match(source.text, start)
-    return _unexpected(
-        source, start, word.group() if word else source.text[start], error.allowed or ()
-    )
-
-
-def _unexpected(source: Source, start: int, text: str, expected: Any) -> Diagnostic:
-    word = _WORD.match(source.text, start)
-    text = word.group() if word else text
-    span = Span(source, start, start + len(text))
-    if text in LATER:
-        return Diagnostic("E004", f"`{text}` is not part of this version of the language", span)
-    words = [str(e).lower() for e in expected if str(e) not in _FRIENDLY]
-    near = get_close_matches(text, words, 1)
-    label = f"did you mean `{near[0]}`?" if near else ""
-    return Diagnostic("E003", f"unexpected `{text}`", span, label, _expected(expected))
-
-
-def _expected(terminals: Any) -> str:
-    names = sorted({_FRIENDLY.get(str(t), _symbol(str(t))) for t in terminals})
-    return f"expected {', '.join(names)}" if names else ""
-
-
-@lru_cache(maxsize=256)
-def _symbol(terminal: str) -> str:
-    """The text of a terminal that is one: `LBRACE` is `{`, `MATCH` is `match`."""
-    for definition in _parser().terminals:
-        if definition.name == terminal and definition.pattern.type == "str":
-            return f"`{definition.pattern.value}`"
-    return terminal.lower()
-
-
-def _end(source: Source) -> Span:
-    end = len(source.text.rstrip())
-    return Span(source, max(0, end - 1), max(end, 1))
+def _unnamed(part: Any, source: Source, base: int) -> Iterator[Diagnostic]:
+    for child in part.children:
+        if child.data != "keyword":
+            span = _span(child, source, base)
+            hint = f"write the name of the argument before it: `NAME = {span.text}`"
+            yield Diagnostic("E008", "a method's arguments are given by name", span, hint=hint)

@@ -1,306 +1,152 @@
 """Selectors as automata: regexes and globs by one engine, in time linear in the path.
 
 A pattern answers for a path if it matches the whole of some dotted tail of it. The automaton is
-non-deterministic and its deterministic states are made as paths ask for them, so no pattern is slow.
+non-deterministic; its deterministic states are made as paths ask for them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property
 
-from surgery.errors import Diagnostic, Report, Span, SurgeryError, refuse
+from surgery.errors import Report, Span, SurgeryError, refuse
 from surgery.language import syntax as ast
+from surgery.language.pattern_syntax import (
+    Chars,
+    Choice,
+    Part,
+    Repeat,
+    Sequence,
+    read_glob,
+    read_regex,
+)
 
 MAX_STATES = 10_000
-_MAX_CACHED = 20_000
-_SPECIAL = frozenset("\\.[]()|?*+{}^$")
-_CLASSES = {
-    "d": (("0", "9"),),
-    "w": (("0", "9"), ("A", "Z"), ("a", "z"), ("_", "_")),
-    "s": ((" ", " "), ("\t", "\r")),
-}
+
+# States of all alternatives together, each of which is an automaton when it has to answer alone.
+_MAX_SPREAD = 500_000
+
+# Members of all deterministic states together, beyond which they are forgotten and made again.
+_MAX_MEMBERS = 1_000_000
 
 
-# ------------------------------------------------------------------------------ syntax
+class Pattern:
+    """A compiled selector: what it matches, where it stands, and what it is a choice of."""
 
-
-@dataclass(frozen=True, slots=True)
-class Chars:
-    """One character of some ranges, or of none of them."""
-
-    ranges: tuple[tuple[str, str], ...]
-    negated: bool = False
-
-    def has(self, character: str) -> bool:
-        """Whether the character is among them."""
-        return any(a <= character <= b for a, b in self.ranges) != self.negated
-
-
-@dataclass(frozen=True, slots=True)
-class Sequence:
-    """One after the other; `spread` if a choice among them counts as one between the wholes."""
-
-    parts: tuple[Part, ...]
-    spread: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """One of several; `places` are their offsets in the pattern."""
-
-    options: tuple[Part, ...]
-    places: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Repeat:
-    """`least` to `most` times; None for no end."""
-
-    part: Part
-    least: int
-    most: int | None
-
-
-Part = Chars | Sequence | Choice | Repeat
-
-_ANY = Chars((), negated=True)
-_IN_NAME = Chars(((".", "."),), negated=True)
-
-
-class _Reader:
-    """Recursive descent over a regex; nesting is bounded by the spec's own guard."""
-
-    def __init__(self, text: str, span: Span) -> None:
-        self.text = text
+    def __init__(self, part: Part, span: Span) -> None:
+        """A pattern of what was read from `span`; the automaton is made when it is first used."""
         self.span = span
-        self.at = 0
+        self._part = part
 
-    def fail(self, message: str, start: int, end: int, hint: str = "") -> None:
-        refuse("E007", message, self.span.within(start, max(end, start + 1)), hint=hint)
+    def matches_whole(self, path: str) -> bool:
+        """Whether the whole path matches."""
+        return self._whole.accepts(path)
 
-    def peek(self) -> str:
-        return self.text[self.at : self.at + 1]
+    def matches_tail(self, path: str) -> bool:
+        """Whether the whole of some dotted tail of the path matches."""
+        if self.literal is not None:
+            return path == self.literal or path.endswith(f".{self.literal}")
+        return self._tail.accepts(path)
 
-    def choice(self) -> Part:
-        options, places = [], []
-        while True:
-            start = self.at
-            options.append(self.sequence())
-            places.append((start, self.at))
-            if self.peek() != "|":
-                break
-            self.at += 1
-        return options[0] if len(options) == 1 else Choice(tuple(options), tuple(places))
+    @cached_property
+    def literal(self) -> str | None:
+        """The one text that matches, if there is only one."""
+        parts = self._part.parts if isinstance(self._part, Sequence) else (self._part,)
+        letters = [_letter(p) for p in parts]
+        return None if None in letters else "".join(x for x in letters if x)
 
-    def sequence(self) -> Part:
-        parts: list[Part] = []
-        while self.peek() not in ("", "|", ")"):
-            parts.append(self.repeated())
-        return parts[0] if len(parts) == 1 else Sequence(tuple(parts))
+    @cached_property
+    def alternatives(self) -> tuple[tuple[Pattern, Span], ...]:
+        """Each alternative of a top-level `a|b`, or of a glob's braces, and where it stands.
 
-    def repeated(self) -> Part:
-        start = self.at
-        part = self.atom()
-        bounds = self.bounds()
-        if bounds is None:
-            return part
-        if self.bounds() is not None:
-            self.fail("a repeat of a repeat", start, self.at)
-        least, most = bounds
-        if most is None and _endless(part):
-            self.fail(
-                "an unbounded repeat of a repeat",
-                start,
-                self.at,
-                "bound one of them, as in `(a+){1,4}`",
-            )
-        return Repeat(part, least, most)
+        Without any, the pattern itself and all of its span.
+        """
+        found = tuple(
+            (Pattern(part, self.span), self.span.within(a, b))
+            for part, (a, b) in _alternatives(self._part)
+        )
+        return found or ((self, self.span),)
 
-    def bounds(self) -> tuple[int, int | None] | None:
-        match self.peek():
-            case "?":
-                self.at += 1
-                return 0, 1
-            case "*":
-                self.at += 1
-                return 0, None
-            case "+":
-                self.at += 1
-                return 1, None
-            case "{":
-                return self.braces()
-            case _:
-                return None
+    def size(self) -> int:
+        """The number of states. Raises OverflowError if there are too many."""
+        return len(self._automaton.edges)
 
-    def braces(self) -> tuple[int, int | None]:
-        start = self.at
-        end = self.text.find("}", start)
-        inside = self.text[start + 1 : end] if end > 0 else ""
-        low, comma, high = inside.partition(",")
-        digits = all(p.isascii() and p.isdigit() for p in (low, high) if p)
-        if end < 0 or not low or not digits:
-            self.fail("a repeat is {m}, {m,} or {m,n}", start, end + 1)
-        self.at = end + 1
-        if max(len(low), len(high)) > 5:
-            self.fail("this repeat is too long", start, self.at)
-        least = int(low)
-        most = int(high) if high else None if comma else least
-        if most is not None and most < least:
-            self.fail(f"{{{inside}}} is empty: {most} < {least}", start, self.at)
-        return least, most
+    @cached_property
+    def _automaton(self) -> _Automaton:
+        automaton = _Automaton()
+        automaton.end = automaton.add(self._part, automaton.state())
+        return automaton
 
-    def atom(self) -> Part:
-        start, character = self.at, self.peek()
-        self.at += 1
-        match character:
-            case "(":
-                return self.group(start)
-            case "[":
-                return self.set(start)
-            case ".":
-                return _ANY
-            case "\\":
-                return self.escape(start)
-            case "?" | "*" | "+" | "{":
-                self.fail(f"nothing stands before `{character}`", start, self.at)
-            case "^" | "$":
-                self.fail(
-                    f"`{character}` is not needed: the whole of a name is matched", start, self.at
-                )
-            case _:
-                pass
-        return Chars(((character, character),))
+    @cached_property
+    def _whole(self) -> _Runner:
+        return _Runner(self._automaton, tails=False)
 
-    def group(self, start: int) -> Part:
-        if self.peek() == "?":
-            if self.text[self.at : self.at + 2] != "?:":
-                self.fail(
-                    "look-around and named groups are not part of selectors", start, self.at + 2
-                )
-            self.at += 2
-        inside = self.choice()
-        if self.peek() != ")":
-            self.fail("this group is not closed", start, self.at)
-        self.at += 1
-        return inside
-
-    def escape(self, start: int) -> Part:
-        character = self.peek()
-        self.at += 1
-        if character in ("d", "w", "s"):
-            return Chars(_CLASSES[character])
-        if character in ("D", "W", "S"):
-            return Chars(_CLASSES[character.lower()], negated=True)
-        if character == "" or (character.isalnum() and character.isascii()):
-            hint = "a back-reference is not linear" if character.isdigit() else ""
-            self.fail(f"`\\{character}` is not part of selectors", start, self.at, hint)
-        return Chars(((character, character),))
-
-    def set(self, start: int) -> Part:
-        negated = self.peek() == "^"
-        self.at += negated
-        ranges: list[tuple[str, str]] = []
-        first = True
-        while first or self.peek() != "]":
-            first = False
-            ranges += self.range(start)
-        self.at += 1
-        return Chars(tuple(ranges), negated)
-
-    def range(self, start: int) -> tuple[tuple[str, str], ...]:
-        low = self.set_member(start)
-        if len(low) > 1 or low[0][0] != low[0][1]:
-            return low
-        if self.peek() != "-" or self.text[self.at + 1 : self.at + 2] in ("]", ""):
-            return low
-        self.at += 1
-        high = self.set_member(start)
-        if len(high) > 1 or high[0][1] < low[0][0]:
-            self.fail("this range is empty", start, self.at)
-        return ((low[0][0], high[0][1]),)
-
-    def set_member(self, start: int) -> tuple[tuple[str, str], ...]:
-        character = self.peek()
-        if character == "":
-            self.fail("this set is not closed", start, self.at)
-        self.at += 1
-        if character != "\\":
-            return ((character, character),)
-        part = self.escape(self.at - 1)
-        assert isinstance(part, Chars)
-        if part.negated:
-            self.fail("a negated class inside a set", start, self.at)
-        return part.ranges
+    @cached_property
+    def _tail(self) -> _Runner:
+        return _Runner(self._automaton, tails=True)
 
 
-def _endless(part: Part) -> bool:
-    """Whether some repeat without an end is inside."""
+def compile_selector(node: ast.Regex | ast.Glob, report: Report) -> Pattern | None:
+    """The pattern of a selector, or None if E007 was reported for it."""
+    try:
+        part, span = _read(node)
+        pattern = Pattern(part, span)
+        _guard(pattern, part)
+    except SurgeryError as error:
+        report.extend(error.diagnostics)
+        return None
+    return pattern
+
+
+def _read(node: ast.Regex | ast.Glob) -> tuple[Part, Span]:
+    match node:
+        case ast.Regex():
+            inside = node.span.within(1, 1 + len(node.pattern))  # without the slashes
+            return read_regex(node.pattern, inside), inside
+        case ast.Glob():
+            return read_glob(node.pattern, node.span), node.span
+
+
+def _guard(pattern: Pattern, part: Part) -> None:
+    """Refuse what would take too many states, alone or by its alternatives."""
+    try:
+        size = pattern.size()
+    except OverflowError:
+        message = f"this pattern needs more than {MAX_STATES:,} states"
+        refuse("E007", message, pattern.span, hint="make its repeats shorter")
+    count = sum(1 for _ in _alternatives(part))
+    if size * count > _MAX_SPREAD:
+        message = f"this pattern has too many alternatives ({count:,})"
+        refuse("E007", message, pattern.span, hint="write several statements")
+
+
+def _letter(part: Part) -> str | None:
+    if isinstance(part, Chars) and not part.negated and len(part.ranges) == 1:
+        low, high = part.ranges[0]
+        return low if low == high else None
+    return None
+
+
+def _alternatives(part: Part) -> Iterator[tuple[Part, tuple[int, int]]]:
     match part:
-        case Chars():
-            return False
-        case Sequence():
-            return any(map(_endless, part.parts))
         case Choice():
-            return any(map(_endless, part.options))
-        case Repeat():
-            return part.most is None or _endless(part.part)
+            for option, place in zip(part.options, part.places, strict=True):
+                yield from _spread(option) or [(option, place)]
+        case Sequence(spread=True):
+            for index, one in enumerate(part.parts):
+                for option, place in _spread(one):
+                    alone = (*part.parts[:index], option, *part.parts[index + 1 :])
+                    yield Sequence(alone), place
+        case _:
+            return
 
 
-def _regex(text: str, span: Span) -> Part:
-    reader = _Reader(text, span)
-    part = reader.choice()
-    if reader.at < len(text):
-        reader.fail("this group was never opened", reader.at, reader.at + 1)
-    return part
+def _spread(part: Part) -> list[tuple[Part, tuple[int, int]]]:
+    return list(_alternatives(part))
 
 
-def _glob(text: str, span: Span, offset: int = 0) -> Part:
-    """A glob: `*` inside a name, `**` across dots, `{a,b}` one of several."""
-    parts: list[Part] = []
-    at = 0
-    while at < len(text):
-        if text.startswith("**", at):
-            parts.append(Repeat(_ANY, 0, None))
-            at += 2
-        elif text[at] == "*":
-            parts.append(Repeat(_IN_NAME, 0, None))
-            at += 1
-        elif text[at] == "{":
-            end = _closing(text, at, span, offset)
-            parts.append(_options(text, at + 1, end, span, offset))
-            at = end + 1
-        elif text[at] == "}":
-            refuse("E007", "this brace was never opened", span.within(offset + at, offset + at + 1))
-        else:
-            parts.append(Chars(((text[at], text[at]),)))
-            at += 1
-    return parts[0] if len(parts) == 1 else Sequence(tuple(parts), spread=True)
-
-
-def _options(text: str, start: int, end: int, span: Span, offset: int) -> Choice:
-    places: list[tuple[int, int]] = []
-    depth, begin = 0, start
-    for at in range(start, end + 1):
-        depth += {"{": 1, "}": -1}.get(text[at], 0) if at < end else 0
-        if at == end or (text[at] == "," and depth == 0):
-            places.append((begin, at))
-            begin = at + 1
-    options = tuple(_glob(text[a:b], span, offset + a) for a, b in places)
-    return Choice(options, tuple((offset + a, offset + b) for a, b in places))
-
-
-def _closing(text: str, start: int, span: Span, offset: int) -> int:
-    depth = 0
-    for at in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[at], 0)
-        if depth == 0:
-            return at
-    refuse("E007", "this brace is not closed", span.within(offset + start, offset + start + 1))
-
-
-# --------------------------------------------------------------------------- automaton
+# --------------------------------------------------------------------------------- automaton
 
 
 @dataclass(slots=True)
@@ -365,99 +211,73 @@ class _Automaton:
                     stack.append(target)
         return frozenset(seen)
 
-    def step(self, states: frozenset[int], character: str) -> frozenset[int]:
-        """The states after one character."""
-        return self.closed(
-            frozenset(t for s in states for chars, t in self.edges[s] if chars.has(character))
-        )
+    def classes(self) -> tuple[Chars, ...]:
+        """The different sets of characters on the edges."""
+        return tuple(dict.fromkeys(chars for row in self.edges for chars, _ in row))
 
 
-class Pattern:
-    """A compiled selector."""
+class _Runner:
+    """The deterministic side of an automaton, made as far as paths have asked for it.
 
-    def __init__(self, part: Part, span: Span) -> None:
-        self.part = part
-        self.span = span
-        self._automaton = _Automaton()
-        self._automaton.end = self._automaton.add(part, self._automaton.state())
-        self._start = self._automaton.closed(frozenset({0}))
-        self._steps: dict[tuple[frozenset[int], str], frozenset[int]] = {}
+    With `tails`, a run begins anew behind every dot.
+    """
 
-    def matches_whole(self, path: str) -> bool:
-        """Whether the whole path matches."""
-        return self._accepts(path, frozenset())
+    def __init__(self, automaton: _Automaton, *, tails: bool) -> None:
+        self.automaton = automaton
+        self.tails = tails
+        self.classes = automaton.classes()
+        self.kinds: dict[str, frozenset[Chars]] = {}
+        self.first = automaton.closed(frozenset({0}))
+        self.forget()
 
-    def matches_tail(self, path: str) -> bool:
-        """Whether the whole of some dotted tail of the path matches."""
-        return self._accepts(path, self._start)
+    def forget(self) -> None:
+        self.members: list[frozenset[int]] = []
+        self.numbers: dict[frozenset[int], int] = {}
+        self.steps: list[dict[str, int]] = []  # by character: the fast way
+        self.moves: list[dict[tuple[frozenset[Chars], bool], int]] = []  # by kind of character
+        self.weight = 0
+        self.start = self.number(self.first)
 
-    def _accepts(self, path: str, at_dot: frozenset[int]) -> bool:
-        states = self._start
+    def accepts(self, path: str) -> bool:
+        state = self.start
         for character in path:
-            states = self._after(states, character)
-            if character == ".":
-                states = states | at_dot  # a tail begins here
-        return self._automaton.end in states
+            after = self.steps[state].get(character)
+            state = self.step(state, character) if after is None else after
+        return self.automaton.end in self.members[state]
 
-    def _after(self, states: frozenset[int], character: str) -> frozenset[int]:
-        key = (states, character)
-        found = self._steps.get(key)
+    def step(self, state: int, character: str) -> int:
+        """The state after a character, made if it is new."""
+        kind = self.kind(character)
+        restart = self.tails and character == "."
+        after = self.moves[state].get((kind, restart))
+        if after is None:
+            states = self.after(self.members[state], kind)
+            target = states | self.first if restart else states
+            if self.weight > _MAX_MEMBERS:
+                self.forget()
+                return self.number(target)
+            after = self.moves[state][kind, restart] = self.number(target)
+        self.steps[state][character] = after
+        return after
+
+    def kind(self, character: str) -> frozenset[Chars]:
+        """The classes that the character is in; characters of one kind move alike."""
+        found = self.kinds.get(character)
         if found is None:
-            if len(self._steps) > _MAX_CACHED:
-                self._steps.clear()
-            found = self._steps[key] = self._automaton.step(states, character)
+            found = frozenset(c for c in self.classes if c.has(character))
+            self.kinds[character] = found
         return found
 
-    @property
-    def literal(self) -> str | None:
-        """The one text that matches, if there is only one."""
-        parts = self.part.parts if isinstance(self.part, Sequence) else (self.part,)
-        letters = [_letter(p) for p in parts]
-        return "".join(x for x in letters if x) if all(letters) else None
+    def after(self, states: frozenset[int], kind: frozenset[Chars]) -> frozenset[int]:
+        edges = self.automaton.edges
+        moved = (target for s in states for chars, target in edges[s] if chars in kind)
+        return self.automaton.closed(frozenset(moved))
 
-    @property
-    def alternatives(self) -> tuple[tuple[Pattern, Span], ...]:
-        """Each alternative of a top-level `a|b`, or of a glob's braces, and where it stands."""
-        found = tuple(
-            (Pattern(part, self.span), self.span.within(a, b))
-            for part, (a, b) in _alternatives(self.part)
-        )
-        return found or ((self, self.span),)
-
-
-def _letter(part: Part) -> str | None:
-    if isinstance(part, Chars) and not part.negated and len(part.ranges) == 1:
-        low, high = part.ranges[0]
-        return low if low == high else None
-    return None
-
-
-def _alternatives(part: Part) -> Iterator[tuple[Part, tuple[int, int]]]:
-    if isinstance(part, Choice):
-        yield from zip(part.options, part.places, strict=True)
-    elif isinstance(part, Sequence) and part.spread:
-        for index, one in enumerate(part.parts):
-            if isinstance(one, Choice):
-                for option, place in zip(one.options, one.places, strict=True):
-                    alone = (*part.parts[:index], option, *part.parts[index + 1 :])
-                    yield Sequence(alone), place
-
-
-def compile_selector(node: ast.Regex | ast.Glob, report: Report) -> Pattern | None:
-    """The pattern of a selector, or None if E007 was reported for it."""
-    try:
-        return _compiled(node.pattern, isinstance(node, ast.Regex), node.span)
-    except SurgeryError as error:
-        report.extend(error.diagnostics)
-    except OverflowError:
-        message = f"this pattern needs more than {MAX_STATES:,} states"
-        report.extend([Diagnostic("E007", message, node.span, hint="make its repeats shorter")])
-    return None
-
-
-@lru_cache(maxsize=256)
-def _compiled(pattern: str, regex: bool, span: Span) -> Pattern:
-    if not regex:
-        return Pattern(_glob(pattern, span), span)
-    inside = span.within(1, 1 + len(pattern))  # without the slashes
-    return Pattern(_regex(pattern, inside), inside)
+    def number(self, states: frozenset[int]) -> int:
+        if states not in self.numbers:
+            self.numbers[states] = len(self.members)
+            self.members.append(states)
+            self.steps.append({})
+            self.moves.append({})
+            self.weight += len(states) + 1
+        return self.numbers[states]

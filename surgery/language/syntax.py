@@ -120,7 +120,7 @@ Expression = Number | Text | Truth | Name | Call | Binary | Unary | Conditional 
 
 @dataclass(frozen=True, slots=True)
 class Regex(Node):
-    """`/q_proj|v_proj/`; `pattern` is without the slashes, `\\/` still escaped."""
+    r"""`/q_proj|v_proj/`; `pattern` is without the slashes, `\/` still escaped."""
 
     pattern: str
 
@@ -170,7 +170,7 @@ class Scope(Node):
 
 @dataclass(frozen=True, slots=True)
 class Application(Node):
-    """`bone(r=8)`."""
+    """`name(r=8)`."""
 
     method: str
     arguments: tuple[Keyword, ...] = ()
@@ -273,7 +273,7 @@ Item = Declaration | Let | Equation | Branch
 
 @dataclass(frozen=True, slots=True)
 class Method(Node):
-    """`method lora(r: int = 8) on matrix { … }`."""
+    """`method name(r: int = 8) on matrix { … }`."""
 
     name: str
     arguments: tuple[Argument, ...]
@@ -286,7 +286,7 @@ class Method(Node):
 
 @dataclass(frozen=True, slots=True)
 class Field(Node):
-    """`config lora_dropout on linear, conv2d = dropout else 0`.
+    """`config dropout_prob on linear, conv2d = dropout else 0`.
 
     Written, the field has the value of the expression over the method's arguments. Read, an
     expression that is one argument's name binds it; any other must have the value found.
@@ -302,7 +302,7 @@ class Field(Node):
 
 @dataclass(frozen=True, slots=True)
 class Tensor(Node):
-    """`tensor A on conv2d = "lora_A.weight" as "r (c h w) -> r c h w" if groups == 1`.
+    """`tensor A on conv2d = "A.weight" as "r (c h w) -> r c h w" if groups == 1`.
 
     `kinds` names the layer kinds it is for (empty: all others); the key follows the site's
     path, and `layout` is an einops pattern from the method's shape to the file's. `condition`,
@@ -318,7 +318,7 @@ class Tensor(Node):
 
 @dataclass(frozen=True, slots=True)
 class Format(Node):
-    """`format peft lora { … }`: how a checkpoint format spells a method."""
+    """`format NAME METHOD { … }`: how a checkpoint format spells a method."""
 
     name: str
     method: str

@@ -25,7 +25,7 @@ from surgery.mapping.fields import (
 )
 from surgery.mapping.paths import at_start, exactly
 from surgery.mapping.spelling import chosen_format, rows_of
-from surgery.plan import Plan, PlannedSite, SiteClass
+from surgery.planned import Plan, PlannedSite, SiteClass
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from surgery.errors import Report, refuse
 from surgery.language import syntax as ast
 from surgery.mapping.spelling import Spelling, chosen_format, place_of
 from surgery.model.holder import ADAPTERS, parameters_of
-from surgery.plan import Plan, PlannedSite, SharedParameter, SiteClass
+from surgery.planned import Plan, PlannedSite, SharedParameter, SiteClass
 
 SHARED = "shared"
 ADAPTED, NATIVE = "adapted", "native"
@@ -74,7 +74,7 @@ class StateDictMapping:
 
     rows: the adapters' tensors. base: the base's keys, which are the same everywhere. An adapter's
     name is part of adapted names alone, so file forms hold one adapter at a time.
-    Raises PlanError (E307) at construction if two tensors would have one name.
+    Raises PlanError (E320) at construction if two tensors would have one name.
     """
 
     rows: tuple[Row, ...]
@@ -166,7 +166,7 @@ def _check_distinct(keys: list[str], form: str, report: Report) -> None:
     for key in keys:
         if key in seen:
             report.error(
-                "E307",
+                "E320",
                 f"two tensors would be `{key}` in {form} form",
                 hint="give the parameter another name in its method",
             )

@@ -15,7 +15,7 @@ from surgery.check import Arguments
 from surgery.errors import refuse
 from surgery.language import syntax as ast
 from surgery.model.layers import Geometry, Sizes
-from surgery.plan import SiteClass
+from surgery.planned import SiteClass
 
 _AXIS = re.compile(r"[A-Za-z_]\w*")
 

@@ -14,6 +14,8 @@ from typing import Protocol, cast
 import torch
 from torch import nn
 
+from surgery.model.stored import Storage
+
 COVER = "_surgery_cover"
 """Where `adopt` notes the hook of an ancestor that offloads a module, and the module's prefix."""
 

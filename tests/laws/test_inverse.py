@@ -28,7 +28,7 @@ METHODS = (
     "vera(r=5)",
     "oft(block_size=6)",
 )
-ADDS_BIAS = "method shift() on matrix { train t[out] = 0 b' = b + t }\nmatch * apply shift()"
+ADDS_BIAS = "method shift() on matrix { train t[out] = 0 b' = b + t }\nmatch * except table apply shift()"
 NO_INVERSE = """
 method turn(r: int = 2) on matrix { train A[out, out] = eye(out) W' = A @ W + W }
 match * apply turn()
@@ -96,13 +96,6 @@ def merged_again(compiled: surgery.Compiled, train: Train) -> None:
     unmerged(compiled, train)
     train(compiled.model)
     compiled.inverse.merge()
-
-
-def merged_and_run(compiled: surgery.Compiled, train: Train) -> None:
-    merged(compiled, train)
-    copy.deepcopy(compiled.model)
-    compiled.model.train()
-    compiled.model.eval()
 
 
 STATES = (fresh, trained, inactive, merged, unmerged, merged_again)
@@ -182,9 +175,6 @@ def test_unmerge_gives_back_the_same_forward(
     model.eval()
     before, output = everything(model), run(model)
     compiled.inverse.merge()
-    assert not any(torch.equal(a, b) for a, b in zip(run(model), output, strict=True)) or (
-        dtype is torch.float64
-    )
     compiled.inverse.unmerge()
     assert everything(model) == before
     assert all(map(torch.equal, run(model), output))

@@ -231,6 +231,14 @@ CASES = (
         "match /q_proj|down_proj/ apply oft(block_size=0, r=3)",
     ),
     Case(
+        "oft on a convolution of one pixel",
+        convnet,
+        lambda: peft.OFTConfig(
+            oft_block_size=4, use_cayley_neumann=False, target_modules=["point", "head"]
+        ),
+        "match /point|head/ apply oft(block_size=2)",
+    ),
+    Case(
         "miss",
         llama,
         lambda: peft.MissConfig(r=5, miss_dropout=0.2, target_modules=[*ATTENTION, "down_proj"]),
