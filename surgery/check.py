@@ -6,15 +6,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import lru_cache
+from itertools import product
 from typing import TypeVar
 
 from surgery.algebra import scalars
 from surgery.algebra.axes import Size, symbol
 from surgery.algebra.definitions import check_definition
-from surgery.algebra.scalars import Open, Scalars
+from surgery.algebra.scalars import Decide, Open, Scalars, undecided
 from surgery.errors import Diagnostic, Report, Span, SurgeryError, refuse
 from surgery.language import syntax as ast
 from surgery.language.library import Library
@@ -54,6 +55,7 @@ class Names(Mapping[str, object]):
     lets: Mapping[str, ast.Let]
     site: Mapping[str, object] = field(default_factory=dict[str, object])
     pending: tuple[str, ...] = ()
+    decide: Decide = undecided
 
     def __getitem__(self, name: str) -> object:
         if name in self.site:
@@ -64,8 +66,8 @@ class Names(Mapping[str, object]):
         if name in self.pending:
             circle = " -> ".join([*self.pending[self.pending.index(name) :], name])
             refuse("E115", f"`{name}` is defined by itself: {circle}", let.span)
-        below = Names(self.params, self.lets, self.site, (*self.pending, name))
-        return Scalars(below)(let.value)
+        below = replace(self, pending=(*self.pending, name))
+        return Scalars(below, self.decide)(let.value)
 
     def __iter__(self) -> Iterator[str]:
         return iter([*self.site, *self.params, *self.lets])
@@ -75,7 +77,7 @@ class Names(Mapping[str, object]):
 
     def at(self, site: Mapping[str, object]) -> Names:
         """The same names at a site, whose own names come first."""
-        return Names(self.params, self.lets, site)
+        return replace(self, site=site)
 
 
 def resolve(spec: ast.Spec, library: Library, values: Values | None = None) -> Resolved:
@@ -100,17 +102,29 @@ def _resolve(spec: ast.Spec, library: Library, values: Values, report: Report) -
     lets = {s.name: s for s in spec.statements if isinstance(s, ast.Let)}
     names = Names(params, lets)
     open_site = {name: symbol(name) for name in SITE_NAMES}
-    for let in lets.values():
-        _try(report, lambda let=let: names.at(open_site)[let.name])
+    # What depends on the site is open here, so whatever it decides is tried both ways.
+    both = [replace(names.at(open_site), decide=decide) for decide in (_always, _never)]
+    for let, way in product(lets.values(), both):
+        _try(report, lambda let=let, way=way: way[let.name])
     for method in _of_type(spec, ast.Method):
         report.extend(check_definition(method))
     adapters = _adapters(spec)
     for _, matches in adapters:
-        for match in matches:
-            _check_application(match.application, extended, names.at(open_site), report)
+        for match, way in product(matches, both):
+            _check_application(match.application, extended, way, report)
     if not any(matches for _, matches in adapters):
         _no_statement(spec, report)
     return Resolved(spec, extended, names, adapters)
+
+
+def _always(condition: ast.Expression) -> bool:
+    del condition
+    return True
+
+
+def _never(condition: ast.Expression) -> bool:
+    del condition
+    return False
 
 
 def _no_statement(spec: ast.Spec, report: Report) -> None:
@@ -120,7 +134,7 @@ def _no_statement(spec: ast.Spec, report: Report) -> None:
         "E116",
         "the spec adapts nothing",
         spec.span,
-        hint="add a statement such as `match /q_proj/ apply lora(r=8)`",
+        hint="add a statement: `match SELECTOR apply METHOD(…)`",
     )
 
 
@@ -244,7 +258,7 @@ def _shown(value: object) -> str:
 
 
 def _check_application(
-    application: ast.Application, library: Library, names: Mapping[str, object], report: Report
+    application: ast.Application, library: Library, names: Names, report: Report
 ) -> None:
     method = library.method(application.method)
     if method is None:
@@ -286,9 +300,7 @@ def _signature_problems(application: ast.Application, method: ast.Method) -> Ite
             )
 
 
-def arguments(
-    application: ast.Application, method: ast.Method, names: Mapping[str, object]
-) -> Arguments:
+def arguments(application: ast.Application, method: ast.Method, names: Names) -> Arguments:
     """The value of every argument, defaults included, in the order of the signature.
 
     Raises DefinitionError.
@@ -298,10 +310,10 @@ def arguments(
     for argument in method.arguments:
         keyword = given.get(argument.name)
         if keyword is not None:
-            value = Scalars(names)(keyword.value)
+            value = Scalars(names, names.decide)(keyword.value)
             values[argument.name] = typed(value, argument.type, argument.name, keyword.span)
         elif argument.default is not None:
-            value = Scalars(values)(argument.default)
+            value = Scalars(values, names.decide)(argument.default)
             values[argument.name] = typed(value, argument.type, argument.name, argument.span)
     return tuple(values.items())
 

@@ -17,9 +17,9 @@ from surgery.algebra.expr import WEIGHT, Expr
 from surgery.algebra.interpret import Domain, Evaluator
 from surgery.algebra.rules import is_zero
 from surgery.errors import Report, refuse
-from surgery.lower import SHARED, bank_names, key_of
+from surgery.lower import key_of
 from surgery.model import storage
-from surgery.model.holder import children_of, holder_of
+from surgery.model.holder import SHARED, children_of, holder_of
 from surgery.model.hooked import execution_device, release
 from surgery.mount import (
     dismount,
@@ -123,14 +123,13 @@ class Inverse:
 
 def parameters_at(model: nn.Module, plan: Plan, site: PlannedSite) -> dict[str, Tensor]:
     """The parameters of a site, shared ones cut to what it uses."""
-    names = bank_names(plan)
     found: dict[str, Tensor] = {}
     for p in site.form.parameters:
         if not p.shared:
             found[p.name] = parameter_of(site.site.module, site.adapter, p.name)
             continue
         key = (site.adapter, site.form.method.name, site.form.arguments, p.name)
-        value = shared_parameter(model, site.adapter, names[key][0], p.name)
+        value = shared_parameter(model, site.adapter, plan.groups[key], p.name)
         for axis, length in enumerate(site.form.shapes[p.name]):
             value = value.narrow(axis, 0, length)
         found[p.name] = value

@@ -19,12 +19,9 @@ from torch.fx.proxy import GraphAppendingTracer
 from surgery.algebra.expr import Expr
 from surgery.algebra.interpret import Domain, Interpreter, Unlowerable
 from surgery.errors import Report
-from surgery.model.holder import ADAPTERS
+from surgery.model.holder import ADAPTERS, SHARED
 from surgery.model.layers import InputForm
 from surgery.plan import Plan, SiteClass
-
-SHARED = "shared"
-"""The attribute of a site's holder that leads to the parameters it shares with other sites."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,8 @@ class Lowering:
     banks: tuple[tuple[str, str, tuple[int, ...]], ...] = ()
 
     def __deepcopy__(self, memo: dict[int, object]) -> Lowering:
-        return self  # immutable, and shared by all sites that are alike
+        """Itself, since it is immutable and shared by all sites that are alike."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -92,31 +90,12 @@ def check(plan: Plan) -> None:
 
 def key_of(plan: Plan, form: SiteClass, adapter: str) -> Lowering:
     """What the graph of a site of this class is looked up by."""
-    names = bank_names(plan)
+    shared = {s.key: s for s in plan.shared}
+    keys = {p.name: (adapter, form.method.name, form.arguments, p.name) for p in form.parameters}
     banks = tuple(
-        (p.name, *names[adapter, form.method.name, form.arguments, p.name])
-        for p in form.parameters
-        if p.shared
+        (name, plan.groups[key], shared[key].shape) for name, key in keys.items() if key in shared
     )
     return Lowering(form, adapter, banks)
-
-
-def bank_names(plan: Plan) -> Mapping[tuple[object, ...], tuple[str, tuple[int, ...]]]:
-    """For each shared parameter, the name of the group it is kept in, and its stored shape.
-
-    The groups of one method with different arguments are numbered from 2.
-    """
-    groups: dict[tuple[object, ...], str] = {}
-    taken: dict[tuple[str, str], int] = {}
-    found: dict[tuple[object, ...], tuple[str, tuple[int, ...]]] = {}
-    for shared in plan.shared:
-        group = (shared.adapter, shared.method, shared.arguments)
-        if group not in groups:
-            count = taken.get(group[:2], 0) + 1
-            taken[group[:2]] = count
-            groups[group] = shared.method if count == 1 else f"{shared.method}_{count}"
-        found[shared.key] = (groups[group], shared.shape)
-    return found
 
 
 # ------------------------------------------------------------------------------- the graph

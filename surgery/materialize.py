@@ -24,8 +24,8 @@ Given = Callable[[Parameter], "Tensor | None"]
 def site_tensors(site: PlannedSite, seed: int, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parameters of one site in their own dtype, on the device where it runs.
 
-    given: values to use instead of the method's own beginning. A beginning that reads a weight
-    which is on meta gives a tensor on meta: *not yet*.
+    given: values to use instead of the method's own beginning. Where the site is on meta, so is
+    what begins there: *not yet*; a given value stays where it is.
     """
     form, module = site.form, site.site.module
     device = execution_device(module)
@@ -38,8 +38,13 @@ def site_tensors(site: PlannedSite, seed: int, given: Mapping[str, Tensor]) -> d
             value = given[p.name]
         else:
             value = _begin(p, form, device, (seed, site.adapter, site.path), Evaluator(domain))
-        made[p.name] = value.to(device=device, dtype=form.dtype)
+        made[p.name] = placed(value, device, form.dtype)
     return made
+
+
+def placed(value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A value where it belongs; where that is not known yet (meta), it stays where it is."""
+    return value.to(dtype=dtype) if device.type == "meta" else value.to(device, dtype)
 
 
 def shared_tensor(shared: SharedParameter, seed: int, device: torch.device) -> Tensor:

@@ -13,8 +13,15 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from surgery.lower import SHARED, Lowering, lower
-from surgery.model.holder import ADAPTERS, Holder, children_of, holder_of
+from surgery.lower import Lowering, lower
+from surgery.model.holder import (
+    ADAPTERS,
+    SHARED,
+    Holder,
+    children_of,
+    holder_of,
+    under_adapters,
+)
 from surgery.model.hooked import swap_class
 
 # Classes are kept per base class, so that Dynamo sees one type for all sites that are alike.
@@ -157,8 +164,3 @@ def set_requires_grad(model: nn.Module, flags: Mapping[str, bool] | None) -> Non
             parameter.requires_grad_(False)
         elif name in flags:
             parameter.requires_grad_(flags[name])
-
-
-def under_adapters(name: str) -> bool:
-    """Whether a parameter's name lies below an adapter's holder."""
-    return f".{ADAPTERS}." in f".{name}"

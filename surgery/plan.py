@@ -21,6 +21,7 @@ from surgery.check import Arguments, Names, Resolved, arguments, site_dependent
 from surgery.errors import Diagnostic, Report, Span, SurgeryError
 from surgery.fit import asks_sizes, misfits
 from surgery.language import syntax as ast
+from surgery.model.holder import under_adapters
 from surgery.model.sites import Inventory, Site, admit, select, survey
 from surgery.planned import Plan, PlannedSite, SharedParameter, SiteClass
 
@@ -57,7 +58,7 @@ def _planned(
     resolved: Resolved, model: nn.Module, sites: tuple[PlannedSite, ...], report: Report
 ) -> Plan:
     shared = tuple(_shared(sites))
-    base = {id(p): p for n, p in model.named_parameters() if ".surgery." not in f".{n}"}
+    base = {id(p): p for n, p in model.named_parameters() if not under_adapters(n)}
     made = Plan(
         resolved,
         sites,

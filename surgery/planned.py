@@ -6,7 +6,7 @@ All of it is frozen, and all that is derived from a class of sites is derived on
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from math import prod
 
@@ -41,6 +41,22 @@ class SiteClass:
     has_bias: bool
     base_dtype: torch.dtype
     dtype: torch.dtype
+
+    def __hash__(self) -> int:
+        """The hash of all fields, computed once: a class stands for hundreds of sites."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, f.name) for f in fields(self)))
+
+    def __getstate__(self) -> dict[str, object]:
+        """The fields alone; what is derived from them is derived anew, hashes above all."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def __deepcopy__(self, memo: dict[int, object]) -> SiteClass:
+        """Itself, since it is immutable and shared by all sites that are alike."""
+        return self
 
     @cached_property
     def names(self) -> Mapping[str, int | float]:
@@ -132,6 +148,21 @@ class Plan:
     def adapters(self) -> tuple[str, ...]:
         """The adapters by name, in the order of the file; the first is the live one."""
         return tuple(dict.fromkeys(site.adapter for site in self.sites))
+
+    @cached_property
+    def groups(self) -> Mapping[tuple[str, str, Arguments, str], str]:
+        """For each shared parameter the group it is kept in: its method's name.
+
+        Groups of one method with different arguments in one adapter are numbered from 2.
+        """
+        names: dict[tuple[object, ...], str] = {}
+        taken: dict[tuple[str, str], int] = {}
+        for shared in self.shared:
+            group = (shared.adapter, shared.method, shared.arguments)
+            if group not in names:
+                count = taken[group[:2]] = taken.get(group[:2], 0) + 1
+                names[group] = shared.method if count == 1 else f"{shared.method}_{count}"
+        return {s.key: names[s.adapter, s.method, s.arguments] for s in self.shared}
 
     @cached_property
     def trainable(self) -> int:

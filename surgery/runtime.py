@@ -5,24 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx, nn
 
-from surgery import artifact, lower, materialize, mount
-from surgery.artifact import SaveReport
+from surgery import lower, materialize, mount
 from surgery.check import Resolved, Values, findings, resolve
 from surgery.errors import Diagnostic, Report, SurgeryError, refuse
 from surgery.inverse import Inverse, parameters_at, shared_parameter
 from surgery.language.library import Library
 from surgery.language.parse import load, parse
 from surgery.language.syntax import Spec
-from surgery.mapping import StateDictMapping, mapping_of
-from surgery.model.holder import ADAPTERS, holder_of
+from surgery.model.holder import SHARED, holder_of, parameter_name, shared_name
 from surgery.model.hooked import adopt, execution_device
-from surgery.plan import Plan, PlannedSite, plan_assignments
+from surgery.plan import Plan, PlannedSite, SharedParameter, plan_assignments
 from surgery.plan import plan as make_plan
 from surgery.state import Adapter, State, forget_state, keep_state, require_state, state_of
+
+if TYPE_CHECKING:
+    from surgery.artifact import SaveReport
+    from surgery.mapping import StateDictMapping
+
+# Names and files are a fifth of all code, and are imported when they are first asked for.
 
 SpecLike = Spec | str | Path
 
@@ -41,6 +46,8 @@ class Compiled:
     @property
     def mapping(self) -> StateDictMapping:
         """Every tensor's name in the base, in the adapted model and in files; a bijection."""
+        from surgery.mapping import mapping_of
+
         return mapping_of(self.plan, self.model)
 
     @property
@@ -104,9 +111,11 @@ class Compiled:
         The folder is a peft folder where one peft config says the same; the report says if not.
         Raises ArtifactError if it cannot be written.
         """
+        from surgery.artifact import save_adapter
+
         state = self._state
         chosen = state.adapters[adapter or self._only(state)]
-        return artifact.save_adapter(
+        return save_adapter(
             Path(directory), chosen.plan, chosen.name, tensors_of(self.model, chosen), chosen.seed
         )
 
@@ -238,7 +247,7 @@ def _refuse_known_names(state: State, made: Plan) -> None:
 def _given_at(site: PlannedSite, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not given:
         return {}
-    prefix = tensor_name(site.path, site.adapter, "")
+    prefix = parameter_name(site.path, site.adapter, "")
     return {p.name: given[prefix + p.name] for p in site.form.parameters if not p.shared}
 
 
@@ -262,23 +271,36 @@ def _add_banks(
 ) -> dict[str, mount.Holder]:
     """The shared parameters, on the root; gives the holder of each adapter's."""
     banks: dict[str, mount.Holder] = {}
-    names = lower.bank_names(made)
     for shared in made.shared:
-        group, _ = names[shared.key]
+        group = made.groups[shared.key]
         child = mount.add_parameters(model, shared.adapter, mount.Tensors({}, frozenset()))
-        bank = mount.holder_at(child, lower.SHARED)
+        bank = mount.holder_at(child, SHARED)
         banks[shared.adapter] = bank
-        name = shared_name(shared.adapter, group, shared.parameter.name)
-        module = next(s.site.module for s in made.sites if s.adapter == shared.adapter)
-        device = execution_device(module)
-        value = given.get(name)
-        if value is None:
-            value = materialize.shared_tensor(shared, seed, device)
-        parameter = nn.Parameter(
-            value.to(device, shared.dtype), requires_grad=shared.parameter.trained
+        value = given.get(shared_name(shared.adapter, group, shared.parameter.name))
+        _keep_shared(
+            mount.holder_at(bank, group), shared, _shared_device(made, shared), seed, value
         )
-        mount.holder_at(bank, group).register_parameter(shared.parameter.name, parameter)
     return banks
+
+
+def _shared_device(made: Plan, shared: SharedParameter) -> torch.device:
+    module = next(s.site.module for s in made.sites if s.adapter == shared.adapter)
+    return execution_device(module)
+
+
+def _keep_shared(
+    holder: mount.Holder,
+    shared: SharedParameter,
+    device: torch.device,
+    seed: int,
+    value: Tensor | None,
+) -> None:
+    """Let a holder have a shared parameter: a given value, or its beginning."""
+    if value is None:
+        value = materialize.shared_tensor(shared, seed, device)
+    value = materialize.placed(value, device, shared.dtype)
+    parameter = nn.Parameter(value, requires_grad=shared.parameter.trained)
+    holder.register_parameter(shared.parameter.name, parameter)
 
 
 def _register(
@@ -320,10 +342,12 @@ def attach(
     ArtifactError for a folder that is not whole, PlanError where it does not fit this model; the
     model is left as it was.
     """
-    loaded = artifact.load_artifact(Path(directory), model)
+    from surgery.artifact import check_tensors, load_artifact
+
+    loaded = load_artifact(Path(directory), model)
     made = plan_assignments(loaded.resolved, model, loaded.assignments, loaded.adapter, dtype)
     lower.check(made)
-    artifact.check_tensors(made, loaded)
+    check_tensors(made, loaded)
     return _put_on(model, made, loaded.seed, loaded.tensors)
 
 
@@ -341,17 +365,6 @@ def of(model: nn.Module) -> Compiled:
 # ----------------------------------------------------------------------------------- tensors
 
 
-def tensor_name(path: str, adapter: str, name: str) -> str:
-    """The name of a parameter in the adapted model."""
-    prefix = f"{path}." if path else ""
-    return f"{prefix}{ADAPTERS}.{adapter}.{name}"
-
-
-def shared_name(adapter: str, group: str, name: str) -> str:
-    """The name of a shared parameter in the adapted model."""
-    return f"{ADAPTERS}.{adapter}.{lower.SHARED}.{group}.{name}"
-
-
 def tensors_of(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     """All tensors of an adapter by their names in the model, shared ones once and whole."""
     found: dict[str, Tensor] = {}
@@ -359,10 +372,10 @@ def tensors_of(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
         values = parameters_at(model, adapter.plan, site)
         for p in site.form.parameters:
             if not p.shared:
-                found[tensor_name(site.path, adapter.name, p.name)] = values[p.name].detach()
+                found[parameter_name(site.path, adapter.name, p.name)] = values[p.name].detach()
     for shared in adapter.plan.shared:
         if shared.adapter == adapter.name:
-            group, _ = lower.bank_names(adapter.plan)[shared.key]
+            group = adapter.plan.groups[shared.key]
             value = shared_parameter(model, adapter.name, group, shared.parameter.name)
             found[shared_name(adapter.name, group, shared.parameter.name)] = value.detach()
     return found
@@ -370,16 +383,30 @@ def tensors_of(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
 
 def _begin_pending(model: nn.Module, adapter: Adapter) -> None:
     for site in adapter.sites:
-        if execution_device(site.site.module).type == "meta":
+        device = execution_device(site.site.module)
+        if device.type == "meta":
             continue
-        holder = holder_of(site.site.module)
-        assert holder is not None
         known = parameters_at(model, adapter.plan, site)
         ready = {n: t.detach() for n, t in known.items() if not t.is_meta}
         values = materialize.site_tensors(site, adapter.seed, ready)
         trained = frozenset(p.name for p in site.form.parameters if p.trained)
-        waiting = {n: v for n, v in values.items() if n not in ready}
+        waiting = {n: v for n, v in values.items() if known[n].device != v.device}
         mount.add_parameters(site.site.module, adapter.name, mount.Tensors(waiting, trained))
+    for shared in adapter.plan.shared:
+        if shared.adapter == adapter.name:
+            _begin_shared(model, adapter, shared)
+
+
+def _begin_shared(model: nn.Module, adapter: Adapter, shared: SharedParameter) -> None:
+    device = _shared_device(adapter.plan, shared)
+    group = adapter.plan.groups[shared.key]
+    now = shared_parameter(model, adapter.name, group, shared.parameter.name)
+    if device.type == "meta" or now.device == device:
+        return
+    root = holder_of(model)
+    assert root is not None
+    holder = mount.holder_at(root, adapter.name, SHARED, group)
+    _keep_shared(holder, shared, device, adapter.seed, None if now.is_meta else now.detach())
 
 
 __all__ = ["Compiled", "Resolved", "attach", "check", "compile_model", "of", "plan"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from surgery.algebra.beginnings import stream
 from surgery.check import Values
-from surgery.mount import under_adapters
+from surgery.model.holder import under_adapters
 from surgery.plan import Plan
 from surgery.runtime import Compiled, SpecLike, compile_model
 from surgery.state import state_of

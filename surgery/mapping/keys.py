@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from surgery.errors import Report, refuse
 from surgery.language import syntax as ast
 from surgery.mapping.spelling import Spelling, chosen_format, place_of
-from surgery.model.holder import ADAPTERS, parameters_of
+from surgery.model.holder import SHARED, parameter_name, parameters_of, shared_name, under_adapters
 from surgery.planned import Plan, PlannedSite, SharedParameter, SiteClass
 
-SHARED = "shared"
 ADAPTED, NATIVE = "adapted", "native"
 
 Formats = Callable[[str], tuple[ast.Format, ...]]
@@ -153,7 +152,7 @@ class StateDictMapping:
 
 def _kept(key: str, source: str, index: Mapping[str, Row], report: Report) -> bool:
     """Whether a key that is no row's is the base's own; if not, it is reported."""
-    if source != ADAPTED or f".{ADAPTERS}." not in f".{key}":
+    if source != ADAPTED or not under_adapters(key):
         return True
     near = get_close_matches(key, index, 1)
     hint = f"the nearest is `{near[0]}`" if near else ""
@@ -200,20 +199,10 @@ def mapping_of(
     """
     known = formats or plan.resolved.library.formats
     base: Iterable[str] = () if model is None else model.state_dict(keep_vars=True)
-    kept = tuple(k for k in base if f".{ADAPTERS}." not in f".{k}")
+    kept = tuple(k for k in base if not under_adapters(k))
     spellings: dict[int, dict[str, tuple[Spelling, ...]]] = {}
     rows = [row for site in plan.sites for row in _site_rows(site, known, spellings)]
     return StateDictMapping((*rows, *_shared_rows(plan, known)), kept)
-
-
-def adapted_name(path: str, adapter: str, name: str) -> str:
-    """The name of a parameter in the adapted model."""
-    return f"{path}.{ADAPTERS}.{adapter}.{name}" if path else f"{ADAPTERS}.{adapter}.{name}"
-
-
-def shared_name(adapter: str, group: str, name: str) -> str:
-    """The name of a shared parameter in the adapted model."""
-    return f"{ADAPTERS}.{adapter}.{SHARED}.{group}.{name}"
 
 
 def _site_rows(
@@ -231,7 +220,7 @@ def _site_rows(
             site.adapter,
             site.path,
             p.name,
-            adapted_name(site.path, site.adapter, p.name),
+            parameter_name(site.path, site.adapter, p.name),
             prefix + natives[p.name],
             form.shapes[p.name],
             tuple(_at(s, prefix) for s in known[id(form)].get(p.name, ())),
@@ -274,26 +263,9 @@ def _native_names(site: PlannedSite) -> dict[str, str]:
     return natives
 
 
-def shared_groups(plan: Plan) -> Mapping[tuple[object, ...], str]:
-    """For each shared parameter, the group it is kept in: its method, numbered from 2.
-
-    The numbers tell apart the groups of one method with different arguments in one adapter.
-    """
-    groups: dict[tuple[object, ...], str] = {}
-    taken: dict[tuple[str, str], int] = {}
-    for shared in plan.shared:
-        group = (shared.adapter, shared.method, shared.arguments)
-        if group not in groups:
-            count = taken.get(group[:2], 0) + 1
-            taken[group[:2]] = count
-            groups[group] = shared.method if count == 1 else f"{shared.method}_{count}"
-    return {s.key: groups[s.adapter, s.method, s.arguments] for s in plan.shared}
-
-
 def _shared_rows(plan: Plan, formats: Formats) -> Iterator[Row]:
-    groups = shared_groups(plan)
     for shared in plan.shared:
-        group, name = groups[shared.key], shared.parameter.name
+        group, name = plan.groups[shared.key], shared.parameter.name
         # A format has one place for a shared parameter, so only the first group has a key in it.
         spellings = _shared_spellings(plan, shared, formats) if group == shared.method else ()
         yield Row(

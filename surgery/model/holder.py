@@ -17,6 +17,9 @@ from torch import Tensor, nn
 ADAPTERS = "surgery"
 """The name of the child under which a site keeps its adapters; nothing below it is a site."""
 
+SHARED = "shared"
+"""The name under which the root keeps what sites share, and under which each site reaches it."""
+
 _BEFORE = "_before_hook"
 
 
@@ -83,3 +86,19 @@ def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
     The dictionary is the module's own.
     """
     return cast("dict[str, nn.Parameter | None]", vars(module)["_parameters"])
+
+
+def parameter_name(path: str, adapter: str, name: str) -> str:
+    """The name that a site's adapter parameter has in the model."""
+    prefix = f"{path}." if path else ""
+    return f"{prefix}{ADAPTERS}.{adapter}.{name}"
+
+
+def shared_name(adapter: str, group: str, name: str) -> str:
+    """The name that a shared parameter has in the model."""
+    return f"{ADAPTERS}.{adapter}.{SHARED}.{group}.{name}"
+
+
+def under_adapters(name: str) -> bool:
+    """Whether a parameter's name lies below an adapter's holder."""
+    return f".{ADAPTERS}." in f".{name}"
