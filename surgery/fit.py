@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from surgery.algebra.axes import Size, evaluate
 from surgery.algebra.elaborate import Equations, instantiate
-from surgery.algebra.expr import walk
+from surgery.algebra.expr import TOKENS, walk
 from surgery.algebra.rules import is_zero
 from surgery.errors import Diagnostic, Span, SurgeryError
 from surgery.language import syntax as ast
@@ -33,7 +33,7 @@ def misfits(form: SiteClass, application: ast.Application, site: Site) -> Iterat
         )
         return
     for length, where in _lengths(equations):
-        value = evaluate(length, {"tokens": 1, **form.names})
+        value = evaluate(length, form.names)
         if isinstance(value, int) and value > 0:
             continue
         yield Diagnostic(
@@ -54,7 +54,7 @@ def _lengths(equations: Equations) -> Iterator[tuple[Size, Span | None]]:
             yield length, p.span
     for root in (equations.weight, equations.bias, equations.input, equations.output):
         for expr in () if root is None else walk(root):
-            yield from ((length, None) for length in expr.shape)
+            yield from ((length, None) for length in expr.shape if length != TOKENS)
 
 
 def _nearest_fit(form: SiteClass, length: Size) -> str:
@@ -76,5 +76,5 @@ def _fits(form: SiteClass, given: Mapping[str, object]) -> bool:
         equations = instantiate(form.method, tuple(given.items()), sizes)
     except SurgeryError:
         return False
-    values = (evaluate(s, {"tokens": 1, **form.names}) for s, _ in _lengths(equations))
+    values = (evaluate(s, form.names) for s, _ in _lengths(equations))
     return all(isinstance(v, int) and v > 0 for v in values)

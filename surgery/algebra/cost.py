@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from math import prod
 
 from surgery.algebra.axes import evaluate
+from surgery.algebra.expr import TOKENS as ACTIVATION
 from surgery.algebra.expr import Expr
 from surgery.algebra.ops import OPS
 from surgery.algebra.rules import alternatives, rebuild
@@ -84,4 +85,4 @@ def _sizes(
 
 def numbers(expr: Expr, names: Mapping[str, int | float]) -> tuple[int, ...]:
     """The shape in elements; `tokens` counts as one."""
-    return tuple(int(evaluate(s, {"tokens": 1, **names})) for s in expr.shape)
+    return tuple(1 if s == ACTIVATION else int(evaluate(s, names)) for s in expr.shape)
