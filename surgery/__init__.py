@@ -1,7 +1,7 @@
 """Declarative model surgery: a spec becomes an adapted model, a mapping and an inverse.
 
-A spec says where and what, `match /q_proj|v_proj/ in layers[0:12] apply bone(r=8)`; a method is one
-equation, from which forward, merge, inverse and checkpoint are derived.
+A spec says where and what: `match /q_proj|v_proj/ in layers[0:12] apply METHOD(r=8)`. A method is
+one equation, from which forward, merge, inverse and checkpoint are derived.
 """
 
 from surgery.errors import Diagnostic, SurgeryError

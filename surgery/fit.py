@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import islice
 
 from surgery.algebra.axes import Size, evaluate
-from surgery.algebra.elaborate import Equations, instantiate
-from surgery.algebra.expr import TOKENS, walk
+from surgery.algebra.elaborate import asks_sizes, instantiate
+from surgery.algebra.equations import Equations
+from surgery.algebra.expr import TOKENS, Expr, walk
 from surgery.algebra.rules import is_zero
+from surgery.algebra.shapes import hidden_sizes
 from surgery.errors import Diagnostic, Span, SurgeryError
 from surgery.language import syntax as ast
 from surgery.model.sites import Site
 from surgery.model.storage import takes_bias
 from surgery.planned import SiteClass
-
-
-def asks_sizes(method: ast.Method) -> bool:
-    """Whether some branch may depend on the site's sizes."""
-    return any(isinstance(item, ast.Branch) for item in method.body)
 
 
 def misfits(form: SiteClass, application: ast.Application, site: Site) -> Iterator[Diagnostic]:
@@ -32,9 +30,9 @@ def misfits(form: SiteClass, application: ast.Application, site: Site) -> Iterat
             hint="exclude such sites with `except`",
         )
         return
-    for length, where in _lengths(equations):
+    for length, least, where in _lengths(equations):
         value = evaluate(length, form.names)
-        if isinstance(value, int) and value > 0:
+        if isinstance(value, int) and value >= least:
             continue
         yield Diagnostic(
             "E301",
@@ -48,13 +46,22 @@ def misfits(form: SiteClass, application: ast.Application, site: Site) -> Iterat
         return
 
 
-def _lengths(equations: Equations) -> Iterator[tuple[Size, Span | None]]:
+def _lengths(equations: Equations) -> Iterator[tuple[Size, int, Span | None]]:
+    """Every size that must be whole, the least it may be, and where it is asked for."""
     for p in equations.parameters:
         for length in p.shape:
-            yield length, p.span
+            yield length, 1, p.span
+        if isinstance(p.beginning, Expr):
+            yield from ((length, least, p.span) for length, least in _sizes(p.beginning))
     for root in (equations.weight, equations.bias, equations.input, equations.output):
-        for expr in () if root is None else walk(root):
-            yield from ((length, None) for length in expr.shape if length != TOKENS)
+        if root is not None:
+            yield from ((length, least, None) for length, least in _sizes(root))
+
+
+def _sizes(root: Expr) -> Iterator[tuple[Size, int]]:
+    for expr in walk(root):
+        yield from ((length, 1) for length in expr.shape if length != TOKENS)
+        yield from hidden_sizes(expr)
 
 
 def _nearest_fit(form: SiteClass, length: Size) -> str:
@@ -65,7 +72,7 @@ def _nearest_fit(form: SiteClass, length: Size) -> str:
         if isinstance(value, bool) or not isinstance(value, int):
             continue
         near = sorted(range(1, min(2 * value + 8, 512)), key=lambda c, v=value: (abs(c - v), c))
-        fits[name] = [c for c in near if _fits(form, {**given, name: c})][:2]
+        fits[name] = [*islice((c for c in near if _fits(form, {**given, name: c})), 2)]
     wanted = [f"{n}={' or '.join(map(str, sorted(v)))}" for n, v in fits.items() if v]
     return f"the nearest that fit: {', '.join(wanted)}" if wanted else f"make {length} whole"
 
@@ -76,5 +83,5 @@ def _fits(form: SiteClass, given: Mapping[str, object]) -> bool:
         equations = instantiate(form.method, tuple(given.items()), sizes)
     except SurgeryError:
         return False
-    values = (evaluate(s, form.names) for s, _ in _lengths(equations))
-    return all(isinstance(v, int) and v > 0 for v in values)
+    values = ((evaluate(s, form.names), least) for s, least, _ in _lengths(equations))
+    return all(isinstance(v, int) and v >= least for v, least in values)

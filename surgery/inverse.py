@@ -19,7 +19,7 @@ from surgery.algebra.rules import is_zero
 from surgery.errors import Report, refuse
 from surgery.lower import key_of
 from surgery.model import storage
-from surgery.model.holder import SHARED, children_of, holder_of
+from surgery.model.holder import SHARED, children_of, holder_of, parameters_of
 from surgery.model.hooked import execution_device, release
 from surgery.mount import (
     dismount,
@@ -57,6 +57,8 @@ class Inverse:
             for merged in done.values():
                 _put_back(merged)
             raise
+        if undo != "exact":  # until here the base was kept, for nothing to change if this fails
+            done = {path: replace(merged, weight=None) for path, merged in done.items()}
         state.merged, state.is_merged, state.undo = done, True, undo
         for site in sites:
             dismount(site.site.module)
@@ -114,8 +116,16 @@ class Inverse:
                     hint="a factor is zero or a matrix singular; merge with undo='exact'",
                 )
             solved.append((merged.site, weight))
-        for site, weight in solved:
-            storage.write(site.site.module, site.form.kind, weight.to(site.form.base_dtype))
+        done: list[MergedSite] = []
+        try:
+            for site, weight in solved:
+                kept = storage.detach_parameter(site.site.module, "weight")
+                done.append(MergedSite(site, weight=kept))
+                storage.write(site.site.module, site.form.kind, weight.to(_dtype(site)))
+        except BaseException:
+            for merged in done:
+                _put_back(merged)
+            raise
 
     def _tensors(self, state: State, site: PlannedSite) -> Mapping[str, Tensor]:
         return parameters_at(self.model, _plan(state, site), site)
@@ -244,17 +254,24 @@ def _merge_site(site: PlannedSite, parameters: Mapping[str, Tensor], undo: Undo)
     module = site.site.module
     if bias is not None:
         kept = replace(kept, bias=storage.detach_parameter(module, "bias"))
-    if weight is not None and undo == "exact":
+    if weight is not None:
         kept = replace(kept, weight=storage.detach_parameter(module, "weight"))
     try:
         if weight is not None:
-            storage.write(module, site.form.kind, weight.to(site.form.base_dtype))
+            storage.write(module, site.form.kind, weight.to(_dtype(site)))
         if bias is not None:
-            storage.write_parameter(module, "bias", bias.to(site.form.base_dtype))
+            storage.write_parameter(module, "bias", bias.to(_dtype(site)))
     except BaseException:
         _put_back(kept)
         raise
     return kept
+
+
+def _dtype(site: PlannedSite) -> torch.dtype:
+    """Of the base as it is now: the model may have been cast since it was adapted."""
+    weight = parameters_of(site.site.module)["weight"]
+    assert weight is not None
+    return weight.dtype
 
 
 def _values(merged: Merged, tensors: _Tensors) -> tuple[Tensor | None, Tensor | None]:

@@ -1,7 +1,7 @@
 """One class of sites → one `fx.Graph`: the interpreter run over proxies.
 
-The graph has one `base` call, which is the site's own layer, and the adapter's nodes around it. It is
-made once for all sites that are alike, and compiled once to straight-line code.
+The graph has one `base` call, which is the site's own layer, and the adapter's nodes around it. It
+is made once for all sites that are alike, and compiled once to straight-line code.
 """
 
 from __future__ import annotations
@@ -52,11 +52,14 @@ class SiteGraph:
     run: Callable[..., Tensor]
 
 
-def cast_to(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """X in a dtype; as it is under autocast, which casts where it must."""
+def cast_like(x: Tensor, other: Tensor) -> Tensor:
+    """X in the dtype of another; as it is under autocast, which casts where it must.
+
+    The dtype is read when it runs: the model may have been cast since it was adapted.
+    """
     if torch.is_autocast_enabled(x.device.type):
         return x
-    return x.to(dtype)
+    return x.to(other.dtype)
 
 
 @lru_cache(maxsize=4096)
@@ -112,6 +115,7 @@ class _GraphPort:
         self.graph = graph
         self.tracer = tracer
         self.output: Any = None
+        self.anchor: Callable[[], Any] = lambda: None  # some tensor of the parameters' dtype
         self._cast: dict[Any, Any] = {}
 
     def attribute(self, path: str) -> Any:
@@ -125,7 +129,7 @@ class _GraphPort:
     def base(self, x: Any, changed: bool) -> Any:
         """The site's own layer."""
         if changed and self.mixed and self.form != "indices":
-            x = self.function(cast_to, x, self.form_class.base_dtype)
+            x = self.function(cast_like, x, self.attribute("weight"))
         self.output = self.tracer.create_proxy("call_module", "base", (x,), {})
         return self.form_class.kind.features_last(self.output)
 
@@ -141,12 +145,12 @@ class _GraphPort:
         if not self.mixed:
             return x
         if x not in self._cast:
-            self._cast[x] = self.function(cast_to, x, self.form_class.dtype)
+            self._cast[x] = self.function(cast_like, x, self.anchor())
         return self._cast[x]
 
     def widen(self, y: Any) -> Any:
         """The layer's output in the dtype of the parameters."""
-        return self.function(cast_to, y, self.form_class.dtype) if self.mixed else y
+        return self.function(cast_like, y, self.anchor()) if self.mixed else y
 
     def scale_channels(self, x: Any, factors: Any) -> Any:
         """Patches times a factor a channel."""
@@ -166,6 +170,7 @@ def _build(key: Lowering) -> fx.Graph:
     x = fx.Proxy(graph.placeholder(form.kind.argument), tracer)
     port = _GraphPort(graph, tracer, form)
     leaves = _Leaves(key, port)
+    port.anchor = leaves.anchor
     domain = Domain(form.names, leaves, leaves.anchor)
     y = Interpreter(domain, port, form.has_bias).run(form.derived, cast(Tensor, x))
     graph.output(_finished(cast(Any, y), port).node)
@@ -180,7 +185,7 @@ def _finished(y: Any, port: _GraphPort) -> Any:
     y = form.kind.features_back(y)
     if port.output is not None:
         return y.to(port.output.dtype)
-    return port.function(cast_to, y, form.base_dtype) if port.mixed else y
+    return port.function(cast_like, y, port.attribute("weight")) if port.mixed else y
 
 
 class _Leaves:
@@ -191,6 +196,7 @@ class _Leaves:
         self.port = port
         self.banks = {name: (group, shape) for name, group, shape in key.banks}
         self.read: dict[Expr, Any] = {}
+        self.parameters: dict[str, Any] = {}
 
     def __call__(self, expr: Expr) -> Tensor:
         if expr not in self.read:
@@ -199,10 +205,10 @@ class _Leaves:
 
     def anchor(self) -> Tensor:
         """Some tensor of the dtype and device of the parameters."""
-        form = self.key.form
-        if form.parameters:
-            return self._parameter(form.parameters[0].name)
-        return self._own("weight")
+        names = [p.name for p in self.key.form.parameters]
+        if not names:
+            return self._own("weight")
+        return self._parameter(next((n for n in names if n not in self.banks), names[0]))
 
     def _leaf(self, expr: Expr) -> Any:
         match expr.op:
@@ -214,10 +220,17 @@ class _Leaves:
                 return self._own(expr.op)
 
     def _own(self, name: str) -> Any:
-        tensor = self.port.attribute(name)
-        return tensor.to(self.key.form.dtype) if self.port.mixed else tensor
+        tensor, form = self.port.attribute(name), self.key.form
+        if not self.port.mixed:
+            return tensor
+        return tensor.to(cast(Any, self.anchor()).dtype if form.parameters else form.dtype)
 
     def _parameter(self, name: str) -> Any:
+        if name not in self.parameters:
+            self.parameters[name] = self._read(name)
+        return self.parameters[name]
+
+    def _read(self, name: str) -> Any:
         if name not in self.banks:
             return self.port.attribute(f"{ADAPTERS}.{self.key.adapter}.{name}")
         group, stored = self.banks[name]

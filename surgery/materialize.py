@@ -10,7 +10,7 @@ from torch import Tensor
 
 from surgery.algebra.axes import evaluate
 from surgery.algebra.beginnings import draw, stream
-from surgery.algebra.elaborate import Parameter, Random
+from surgery.algebra.equations import Parameter, Random
 from surgery.algebra.expr import BIAS, WEIGHT, Expr, depends_on
 from surgery.algebra.interpret import Domain, Evaluator
 from surgery.algebra.rules import constant

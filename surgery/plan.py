@@ -16,10 +16,10 @@ from torch import nn
 
 from surgery.algebra import scalars
 from surgery.algebra.derive import derive
-from surgery.algebra.elaborate import instantiate
+from surgery.algebra.elaborate import asks_sizes, instantiate
 from surgery.check import Arguments, Names, Resolved, arguments, site_dependent
 from surgery.errors import Diagnostic, Report, Span, SurgeryError
-from surgery.fit import asks_sizes, misfits
+from surgery.fit import misfits
 from surgery.language import syntax as ast
 from surgery.model.holder import under_adapters
 from surgery.model.sites import Inventory, Site, admit, select, survey

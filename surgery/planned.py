@@ -14,7 +14,7 @@ import torch
 
 from surgery.algebra.axes import Size, evaluate
 from surgery.algebra.derive import Derived
-from surgery.algebra.elaborate import Parameter
+from surgery.algebra.equations import Parameter
 from surgery.algebra.expr import render
 from surgery.check import Arguments, Resolved
 from surgery.errors import Diagnostic, Span

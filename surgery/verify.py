@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from surgery.algebra.beginnings import stream
 from surgery.check import Values
+from surgery.errors import refuse
 from surgery.model.holder import under_adapters
 from surgery.plan import Plan
 from surgery.runtime import Compiled, SpecLike, compile_model
@@ -83,21 +84,25 @@ def verify(
 
     run: calls the model on some input and gives its output; it is called in evaluation mode and
         without gradients. progress: told the name of each step.
-    The model is as it was afterwards, whatever happens. Raises SurgeryError as `compile` does.
+    The model is as it was afterwards, whatever happens. Raises SurgeryError as `compile` does, and
+    StateError (E414) for a model that is adapted already.
     """
+    if state_of(model) is not None:
+        refuse("E414", "the model has adapters already", hint="unload() them, or verify a copy")
     before = _snapshot(model)
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
-    progress("base")
-    base = _outputs(run, model)
-    progress("compile")
-    compiled = compile_model(spec, model, seed=seed, values=values)
     try:
+        progress("base")
+        base = _outputs(run, model)
+        progress("compile")
+        compiled = compile_model(spec, model, seed=seed, values=values)
         return _observed(compiled, run, base, before, seed, progress)
     finally:
         if state_of(model) is not None:
-            compiled.inverse.unload()
-        model.train(training)
+            Compiled(model).inverse.unload()
+        for module, training in modes.items():
+            module.training = training
 
 
 def _observed(
@@ -161,7 +166,8 @@ def _same(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> bool:
 def _bits_equal(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    left, right = (t.contiguous().flatten().view(torch.uint8) for t in (a, b))
+    return torch.equal(left, right)
 
 
 def _outputs(run: Run, model: nn.Module) -> list[Tensor]:

@@ -1,15 +1,25 @@
-"""Symbolic sizes: exact sums of products of names, so that shapes can be checked before there are any.
+"""Symbolic sizes: exact sums of products of names, to check shapes before there are any.
 
-`out / r`, `r * (r - 1) / 2` and `2 * in` are compared by their normal form. What has none (a root, a
-ceiling) is an atom of its own, equal to itself alone.
+`out / r`, `r * (r - 1) / 2` and `2 * in` are compared by their normal form. What has none (a root,
+a ceiling) is an atom of its own, equal to itself alone. Numbers and expressions that are larger
+than any size could be are refused with `OverflowError`, so that arithmetic always ends soon.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import cast
+
+MAX_BITS = 1000
+"""No number is longer: what is larger in magnitude than 2**1000 is no float either."""
+
+_LARGEST = Fraction(2**MAX_BITS)
+_MAX_WEIGHT = 256
+_MAX_EXPONENT = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +31,7 @@ class Atom:
     arguments: tuple[Size, ...] = ()
 
     def __str__(self) -> str:
+        """As it is written in a method."""
         if not self.function:
             return self.name
         return f"{self.function}({', '.join(map(str, self.arguments))})"
@@ -48,36 +59,48 @@ class Size:
         return None
 
     def __add__(self, other: Scalar) -> Size:
+        """The sum."""
         return _collect([*self.terms, *size(other).terms])
 
     def __radd__(self, other: Scalar) -> Size:
+        """The sum."""
         return size(other) + self
 
     def __neg__(self) -> Size:
+        """The negative."""
         return Size(tuple((m, -c) for m, c in self.terms))
 
     def __sub__(self, other: Scalar) -> Size:
+        """The difference."""
         return self + -size(other)
 
     def __rsub__(self, other: Scalar) -> Size:
+        """The difference."""
         return size(other) - self
 
     def __mul__(self, other: Scalar) -> Size:
+        """The product."""
         right = size(other).terms
+        if len(self.terms) * len(right) > _MAX_WEIGHT:
+            raise OverflowError("the product has too many terms")
         return _collect([(_product(m, n), c * d) for m, c in self.terms for n, d in right])
 
     def __rmul__(self, other: Scalar) -> Size:
+        """The product."""
         return size(other) * self
 
     def __truediv__(self, other: Scalar) -> Size:
+        """The quotient. Raises ZeroDivisionError."""
         return self * _reciprocal(size(other))
 
     def __rtruediv__(self, other: Scalar) -> Size:
+        """The quotient. Raises ZeroDivisionError."""
         return size(other) / self
 
     def __pow__(self, exponent: Scalar) -> Size:
+        """A power; exact for small whole exponents."""
         whole = size(exponent).number
-        if whole is None or whole.denominator != 1 or abs(whole) > 16:
+        if whole is None or whole.denominator != 1 or abs(whole) > _MAX_EXPONENT:
             return function("pow", self, exponent)
         result = size(1)
         for _ in range(abs(int(whole))):
@@ -85,6 +108,7 @@ class Size:
         return result if whole >= 0 else 1 / result
 
     def __str__(self) -> str:
+        """As it is written in a method."""
         if not self.terms:
             return "0"
         text = " + ".join(_term(m, c) for m, c in self.terms)
@@ -95,7 +119,7 @@ Scalar = int | float | Fraction | Size
 
 
 def size(value: Scalar) -> Size:
-    """A number as a size; a size as it is."""
+    """A number as a size; a size as it is. Raises OverflowError or ValueError if not finite."""
     if isinstance(value, Size):
         return value
     return _collect([((), Fraction(value))])
@@ -107,66 +131,114 @@ def symbol(name: str) -> Size:
 
 
 def function(name: str, *arguments: Scalar) -> Size:
-    """A named function of sizes; evaluated at once where all of them are numbers."""
+    """A named function of sizes; evaluated at once where all of them are numbers.
+
+    Raises ArithmeticError, ValueError or TypeError where it has no value there.
+    """
     sizes = tuple(size(a) for a in arguments)
     numbers = [s.number for s in sizes]
     known = [n for n in numbers if n is not None]
     if len(known) == len(sizes):
         return size(FUNCTIONS[name](*known))
-    return Size(((((Atom("", name, sizes), 1),), Fraction(1)),))
+    return _collect([(((Atom("", name, sizes), 1),), Fraction(1))])
 
 
 def evaluate(value: Scalar, names: Mapping[str, int | float]) -> int | float:
-    """The number a size stands for; an int where it is whole. Raises KeyError for a free name."""
+    """The number a size stands for; an int where it is whole, nan where there is none.
+
+    There is none for the root of a negative number, a division by zero, or what is larger than
+    any number of a spec may be. Raises KeyError for a free name.
+    """
     if not isinstance(value, Size):
         return _plain(value)
+    try:
+        return _plain(_total(value, names))
+    except (ArithmeticError, ValueError):
+        return math.nan
+
+
+def _total(value: Size, names: Mapping[str, int | float]) -> Fraction:
     total = Fraction(0)
     for monomial, coefficient in value.terms:
         term = coefficient
         for atom, exponent in monomial:
-            term *= Fraction(_atom_value(atom, names)) ** exponent
-        total += term
-    return _plain(total)
+            term *= bounded_power(Fraction(_atom_value(atom, names)), exponent)
+        total += bounded(term)
+    return bounded(total)
 
 
 def names_in(value: Size) -> frozenset[str]:
     """The names a size depends on."""
-    found: set[str] = set()
-    for monomial, _ in value.terms:
-        for atom, _ in monomial:
-            found |= (
-                {atom.name} if not atom.function else set().union(*map(names_in, atom.arguments))
-            )
-    return frozenset(found)
+    atoms = [atom for monomial, _ in value.terms for atom, _ in monomial]
+    inside = (names_in(size) for atom in atoms for size in atom.arguments)
+    return frozenset(a.name for a in atoms if not a.function).union(*inside)
+
+
+def bounded(value: Fraction) -> Fraction:
+    """The value, rounded if it has very many digits. Raises OverflowError if it is very large."""
+    if abs(value) > _LARGEST:
+        raise OverflowError("the number is too large")
+    return value if value.denominator.bit_length() <= MAX_BITS else Fraction(float(value))
+
+
+def bounded_power(base: Fraction, exponent: int) -> Fraction:
+    """A whole power. Raises OverflowError before it is computed, if it would be too large."""
+    digits = max(base.numerator.bit_length(), base.denominator.bit_length()) - 1
+    if digits * abs(exponent) > 16 * MAX_BITS:
+        raise OverflowError("the number is too large")
+    return bounded(base**exponent)
 
 
 def _power(base: Fraction, exponent: Fraction) -> float | Fraction:
-    if exponent.denominator == 1 and abs(exponent) <= 64:
-        return base ** int(exponent)
+    if exponent.denominator == 1:
+        return bounded_power(base, int(exponent))
+    if base < 0:
+        raise ValueError("a root of a negative number")
     return float(base) ** float(exponent)
 
 
-FUNCTIONS: dict[str, Callable[..., int | float | Fraction]] = {
-    "sqrt": lambda a: math.sqrt(a),
-    "exp": lambda a: math.exp(a),
-    "log": lambda a: math.log(a),
-    "ceil": lambda a: math.ceil(a),
-    "floor": lambda a: math.floor(a),
-    "abs": abs,
-    "min": min,
-    "max": max,
-    "mod": lambda a, b: a % b,
+def _inverted(value: Fraction) -> Fraction:
+    return 1 / value
+
+
+Function = Callable[..., "int | float | Fraction"]
+
+FUNCTIONS: Mapping[str, Function] = {
+    "sqrt": math.sqrt,
+    "exp": math.exp,
+    "log": math.log,
+    "ceil": math.ceil,
+    "floor": math.floor,
+    "abs": cast(Function, abs),
+    "min": cast(Function, min),
+    "max": cast(Function, max),
+    "mod": cast(Function, operator.mod),
     "pow": _power,
-    "reciprocal": lambda a: 1 / a,
+    "reciprocal": _inverted,
 }
 
 
 def _collect(terms: list[tuple[Monomial, Fraction]]) -> Size:
     total: dict[Monomial, Fraction] = {}
     for monomial, coefficient in terms:
-        total[monomial] = total.get(monomial, Fraction(0)) + coefficient
-    kept = ((m, c) for m, c in total.items() if c)
-    return Size(tuple(sorted(kept, key=lambda term: str(term[0]))))
+        total[monomial] = bounded(total.get(monomial, Fraction(0)) + coefficient)
+    kept = [(m, c) for m, c in total.items() if c]
+    if sum(_weight(m) for m, _ in kept) > _MAX_WEIGHT:
+        raise OverflowError("the expression is too long")
+    return Size(tuple(sorted(kept, key=_term_order)))
+
+
+def _term_order(term: tuple[Monomial, Fraction]) -> str:
+    return str(term[0])
+
+
+def _weight(monomial: Monomial) -> int:
+    """How many names and functions it is written with; what nests doubles, if it is repeated."""
+    return 1 + sum(_atom_weight(atom) for atom, _ in monomial)
+
+
+def _atom_weight(atom: Atom) -> int:
+    return 1 + sum(_weight(m) for a in atom.arguments for m, _ in a.terms)
 
 
 def _product(left: Monomial, right: Monomial) -> Monomial:
@@ -178,7 +250,7 @@ def _product(left: Monomial, right: Monomial) -> Monomial:
 
 def _reciprocal(value: Size) -> Size:
     if not value.terms:
-        raise ZeroDivisionError
+        raise ZeroDivisionError("division by zero")
     if len(value.terms) > 1:
         return function("reciprocal", value)
     monomial, coefficient = value.terms[0]
@@ -188,7 +260,7 @@ def _reciprocal(value: Size) -> Size:
 def _atom_value(atom: Atom, names: Mapping[str, int | float]) -> int | float | Fraction:
     if not atom.function:
         return names[atom.name]
-    return FUNCTIONS[atom.function](*(Fraction(evaluate(a, names)) for a in atom.arguments))
+    return FUNCTIONS[atom.function](*(_total(a, names) for a in atom.arguments))
 
 
 def _plain(value: float | Fraction) -> int | float:

@@ -15,17 +15,35 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_LARGEST = 1e30  # float32 ends at 3e38, and a bound is multiplied by a root
+
 
 @dataclass(frozen=True, slots=True)
 class Distribution:
     """A row: the arguments with their defaults, and how a tensor is filled.
 
     `fill(tensor, generator, **arguments)` works in place on float32; fan-in is the number of
-    elements of one slice of the first axis, as torch counts it.
+    elements of one slice of the first axis, as torch counts it. `order`, if given, names two
+    arguments of which the first may not be above the second, and `positive` those that may not be
+    below 0.
     """
 
     arguments: Mapping[str, float]
     fill: Callable[..., Tensor]
+    order: tuple[str, str] | None = None
+    positive: tuple[str, ...] = ()
+
+    def objection(self, values: Mapping[str, float]) -> str:
+        """What is wrong with some arguments; "" if nothing is."""
+        for name in self.arguments:
+            if abs(values[name]) > _LARGEST:
+                return f"{name} = {values[name]:g} is too large"
+        for name in self.positive:
+            if values[name] < 0:
+                return f"{name} = {values[name]:g} is below 0"
+        if self.order is not None and values[self.order[0]] > values[self.order[1]]:
+            return f"{self.order[0]} is above {self.order[1]}"
+        return ""
 
 
 def _fan_in(tensor: Tensor) -> int:
@@ -60,12 +78,12 @@ def _xavier_normal(t: Tensor, generator: torch.Generator, gain: float) -> Tensor
 
 # Names and arguments are torch.nn.init's.
 DISTRIBUTIONS: Mapping[str, Distribution] = {
-    "uniform": Distribution({"low": 0.0, "high": 1.0}, _uniform),
-    "normal": Distribution({"mean": 0.0, "std": 1.0}, _normal),
+    "uniform": Distribution({"low": 0.0, "high": 1.0}, _uniform, order=("low", "high")),
+    "normal": Distribution({"mean": 0.0, "std": 1.0}, _normal, positive=("std",)),
     "kaiming_uniform": Distribution({"a": 0.0}, _kaiming_uniform),
     "kaiming_normal": Distribution({"a": 0.0}, _kaiming_normal),
-    "xavier_uniform": Distribution({"gain": 1.0}, _xavier_uniform),
-    "xavier_normal": Distribution({"gain": 1.0}, _xavier_normal),
+    "xavier_uniform": Distribution({"gain": 1.0}, _xavier_uniform, positive=("gain",)),
+    "xavier_normal": Distribution({"gain": 1.0}, _xavier_normal, positive=("gain",)),
 }
 
 

@@ -11,7 +11,7 @@ from math import prod
 from surgery.algebra.axes import evaluate
 from surgery.algebra.expr import TOKENS as ACTIVATION
 from surgery.algebra.expr import Expr
-from surgery.algebra.ops import OPS
+from surgery.algebra.ops import OPS, through
 from surgery.algebra.rules import alternatives, rebuild
 
 TOKENS = 256  # between one step of a decoder and a training batch
@@ -60,12 +60,12 @@ def apply_cost(names: Mapping[str, int | float], tokens: int = TOKENS) -> Cost:
     memo: dict[Expr, int] = {}
 
     def applied(expr: Expr) -> int:
-        op = OPS.get(expr.op)
         shape, arguments = _sizes(expr, names)
-        if op is None or op.apply is None:
+        applied_too = through(expr)
+        if applied_too is None:
             return tokens * prod(shape) + dense(expr)
-        below = (cost(a) if i in op.through else dense(a) for i, a in enumerate(expr.args))
-        return tokens * op.apply_work(shape, arguments) + sum(below)
+        below = (cost(a) if i in applied_too else dense(a) for i, a in enumerate(expr.args))
+        return tokens * OPS[expr.op].apply_work(shape, arguments) + sum(below)
 
     def cost(expr: Expr) -> int:
         if len(expr.shape) != 2 or expr.is_activation:
@@ -84,5 +84,5 @@ def _sizes(
 
 
 def numbers(expr: Expr, names: Mapping[str, int | float]) -> tuple[int, ...]:
-    """The shape in elements; `tokens` counts as one."""
+    """The shape in elements; however many tokens there are count as one."""
     return tuple(1 if s == ACTIVATION else int(evaluate(s, names)) for s in expr.shape)

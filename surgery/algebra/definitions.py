@@ -1,104 +1,174 @@
-"""Checking a method's definition: every way through its branches, before any site is known."""
+"""Checking a method before any site is known: every way through its branches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from surgery.algebra.axes import symbol
-from surgery.algebra.derive import derive
-from surgery.algebra.elaborate import KINDS, RESERVED, Elaborator, Equations
+from surgery.algebra.elaborate import Elaborator
+from surgery.algebra.equations import KINDS, RESERVED, Equations
 from surgery.algebra.expr import Expr, walk
-from surgery.algebra.ops import OPS
-from surgery.algebra.scalars import Open
-from surgery.errors import Diagnostic, Report, SurgeryError
+from surgery.algebra.mentions import names, nodes
+from surgery.algebra.ops import through
+from surgery.algebra.rules import make
+from surgery.algebra.scalars import Decide, Open, Scalars, did_you_mean, typed
+from surgery.algebra.ways import MAX_WAYS, each_way
+from surgery.errors import Diagnostic, Report, Span, SurgeryError
 from surgery.language import syntax as ast
-
-_MAX_WAYS = 64
 
 
 def check_definition(method: ast.Method) -> tuple[Diagnostic, ...]:
-    """Everything that is wrong with a definition: names, shapes, branches, dropout."""
+    """Everything that is wrong with a definition: names, types, shapes, branches, dropout."""
     report = Report()
-    _check_signature(method, report)
     if method.kind not in KINDS:
         report.error(
             "E112",
             f"`on {method.kind}` is not a kind of site",
             method.span,
+            label=did_you_mean(method.kind, KINDS),
             hint=f"this version has: {', '.join(KINDS)}",
         )
-    for equations in _ways(method, report):
-        if _stranded_drop(equations):
-            report.error(
-                "E114",
-                "drop(p) stands where it is never applied to a vector",
-                method.span,
-                hint="write it beside @, in a product that is applied: `B @ A @ drop(p)`",
-            )
+    _check_signature(method, report)
+    _check_decisions(method, report)
+    _check_ways(method, {a.name: _symbol(a) for a in method.arguments}, report)
     return tuple(report.found)
 
 
+def check_arguments(
+    method: ast.Method, arguments: Mapping[str, object], place: Span
+) -> tuple[Diagnostic, ...]:
+    """What is wrong with a sound definition at these arguments, some of which may be open.
+
+    place: where they are given; it is underlined, and the definition is shown beside it.
+    """
+    report = Report()
+    _check_ways(method, arguments, report)
+    return tuple(_given_at(place, d) for d in report.found)
+
+
+def _given_at(place: Span, diagnostic: Diagnostic) -> Diagnostic:
+    related = diagnostic.related
+    if diagnostic.span is not None:
+        related = (*related, (diagnostic.label or "needed here", diagnostic.span))
+    return replace(diagnostic, span=place, label="", related=related)
+
+
 def _check_signature(method: ast.Method, report: Report) -> None:
-    seen: set[str] = set()
+    known: dict[str, object] = {}
     for argument in method.arguments:
+        place = argument.span.within(0, len(argument.name))
         if argument.name in RESERVED:
-            report.error("E106", f"`{argument.name}` is reserved in an equation", argument.span)
-        if argument.name in seen:
-            report.error("E107", f"the argument `{argument.name}` stands twice", argument.span)
-        seen.add(argument.name)
+            report.error(
+                "E106",
+                f"`{argument.name}` is reserved in an equation",
+                place,
+                hint="use another name",
+            )
+        if argument.name in known:
+            report.error("E107", f"the argument `{argument.name}` stands twice", place)
+        if argument.default is not None:
+            _check_default(argument, known, report)
+        known[argument.name] = _symbol(argument)
 
 
-def _ways(method: ast.Method, report: Report) -> Iterator[Equations]:
-    """The equations by symbols, every open condition decided both ways."""
-    symbols = {a.name: _open(a) for a in method.arguments}
-    pending: list[dict[ast.Expression, bool]] = [{}]
-    for _ in range(_MAX_WAYS):
-        if not pending:
-            return
-        taken = pending.pop()
+def _check_default(argument: ast.Argument, known: Mapping[str, object], report: Report) -> None:
+    default = argument.default
+    assert default is not None
 
-        def decide(condition: ast.Expression, taken: dict[ast.Expression, bool] = taken) -> bool:
-            if condition not in taken:
-                pending.append({**taken, condition: False})
-                taken[condition] = True
-            return taken[condition]
-
+    def run(decide: Decide) -> None:
         try:
-            yield Elaborator(symbols, decide).run(method.body)
+            value = Scalars(known, decide)(default)
+            typed(value, argument.type, argument.name, default.span)
         except SurgeryError as error:
-            report.extend(_placed(d, method) for d in error.diagnostics)
-    if pending:
+            report.extend(error.diagnostics)
+
+    each_way(run)
+
+
+def _check_decisions(method: ast.Method, report: Report) -> None:
+    for node in nodes(method):
+        if isinstance(node, ast.Branch | ast.Conditional) and not names(node.condition):
+            report.error(
+                "E126",
+                "this condition is always the same",
+                node.condition.span,
+                hint="conditions are over arguments and sizes",
+            )
+
+
+def _check_ways(method: ast.Method, arguments: Mapping[str, object], report: Report) -> None:
+    """Run the body for every way of deciding what is open."""
+
+    def run(decide: Decide) -> None:
+        elaborator = Elaborator(arguments, decide)
+        try:
+            equations = elaborator.run(method)
+        except SurgeryError as error:
+            report.extend(error.diagnostics)
+            return
+        for drop in _stranded(equations):
+            report.error(
+                "E114",
+                "drop(p) stands where it is never applied to a vector",
+                elaborator.drops.get(drop, method.span),
+                hint="write it beside @, in a product that is applied: `B @ A @ drop(p)`",
+            )
+
+    if not each_way(run):
         report.error(
             "E113",
-            f"`{method.name}` has more than {_MAX_WAYS} ways through its branches",
+            f"`{method.name}` has more than {MAX_WAYS} ways through its branches",
             method.span,
+            hint="write several methods",
         )
 
 
-def _placed(diagnostic: Diagnostic, method: ast.Method) -> Diagnostic:
-    if diagnostic.span is not None:
-        return diagnostic
-    return Diagnostic(diagnostic.code, diagnostic.message, method.span, hint=diagnostic.hint)
-
-
-def _open(argument: ast.Argument) -> object:
+def _symbol(argument: ast.Argument) -> object:
     if argument.type in ("int", "float"):
         return symbol(argument.name)
-    return Open(argument.name)
+    return Open(argument.name, argument.type)
 
 
-def _stranded_drop(equations: Equations) -> bool:
-    """Whether some dropout is only ever part of a dense value."""
-    merged = derive(equations, has_bias=True).merged
-    if merged is None:
-        return False  # activation equations are checked where they are lowered
-    drops = {e for e in (*walk(merged.weight), *walk(merged.bias)) if e.op == "drop"}
-    return not drops <= _applied(merged.weight)
+# ----------------------------------------------------------------------------------- dropout
 
 
-def _applied(expr: Expr) -> set[Expr]:
-    """What is reached by applying `expr` to a vector, through structure alone."""
-    op = OPS.get(expr.op)
-    if op is None or op.apply is None:
-        return set()
-    return {expr}.union(*(_applied(expr.args[i]) for i in op.through))
+def _stranded(equations: Equations) -> Iterator[Expr]:
+    """Every dropout that is part of a dense value, in which nothing would be dropped."""
+    if equations.weight is not None:
+        yield from _in_matrix(equations.weight)
+    if equations.bias is not None:
+        yield from _drops(equations.bias)
+    for root in (equations.input, equations.output):
+        for expr in () if root is None else walk(root):
+            if expr.is_activation:
+                yield from _in_operands(expr)
+
+
+def _in_operands(expr: Expr) -> Iterator[Expr]:
+    """In what an activation is combined with; x @ M applies Mᵀ."""
+    for index, operand in enumerate(expr.args):
+        if expr.op == "matmul" and index == 1 and len(operand.shape) > 1:
+            yield from _in_matrix(make("transpose", operand))
+        elif not operand.is_activation:
+            yield from _drops(operand)
+
+
+def _in_matrix(root: Expr) -> Iterator[Expr]:
+    """In what a matrix needs as a value, to be applied to a vector."""
+    seen: set[Expr] = set()
+    stack = [root]
+    while stack:
+        expr = stack.pop()
+        if expr in seen or expr.op == "drop":
+            continue
+        seen.add(expr)
+        applied = through(expr) or ()
+        stack.extend(expr.args[i] for i in applied)
+        for index, arg in enumerate(expr.args):
+            if index not in applied:
+                yield from _drops(arg)
+
+
+def _drops(root: Expr) -> Iterator[Expr]:
+    return (e for e in walk(root) if e.op == "drop")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from surgery.algebra.elaborate import Equations
+from surgery.algebra.equations import Equations
 from surgery.algebra.expr import (
     BIAS,
     IN,
@@ -119,13 +119,12 @@ class _Affine:
 def _merged(equations: Equations) -> Merged:
     weight = equations.weight or WEIGHT
     bias = equations.bias or BIAS
-    identity = _Affine(make("eye", size=IN), zeros((IN,)))
-    inner = identity
+    inner = _Affine(make("eye", size=IN), zeros((IN,)))
     if equations.input is not None:
-        inner = _affine(equations.input, identity, identity)
+        inner = _Composer({INPUT: inner}).of(equations.input)
     site = _through(weight, bias, inner)
     if equations.output is not None:
-        site = _affine(equations.output, inner, site)
+        site = _Composer({INPUT: inner, OUTPUT: site}).of(equations.output)
     return Merged(site.matrix, site.constant)
 
 
@@ -140,30 +139,57 @@ def _times(weight: Expr, matrix: Expr) -> Expr:
     return make("matmul", weight, matrix)
 
 
-def _affine(expr: Expr, x: _Affine, y: _Affine) -> _Affine:
-    """An activation as an affine map of x, row vectors in and out. Raises _NotAffine."""
-    if expr is INPUT:
-        return x
-    if expr is OUTPUT:
-        return y
-    if not expr.is_activation:
-        raise _NotAffine(f"{render(expr)} does not vary with x")
-    match expr.op:
-        case "add" | "sub":
-            a, b = (_affine(e, x, y) for e in expr.args)
-            return _Affine(make(expr.op, a.matrix, b.matrix), make(expr.op, a.constant, b.constant))
-        case "neg":
-            a = _affine(expr.args[0], x, y)
-            return _Affine(make("neg", a.matrix), make("neg", a.constant))
-        case "scale":
-            return _scaled(expr.args[0], _affine(expr.args[1], x, y))
-        case "mul" | "div":
-            return _multiplied(expr, x, y)
-        case "matmul":
-            a, m = _affine(expr.args[0], x, y), make("transpose", expr.args[1])
-            return _Affine(_times(m, a.matrix), make("matmul", m, a.constant))
-        case _:
-            raise _NotAffine(f"{render(expr)} is not linear in x")
+class _Composer:
+    """Activations as affine maps of x; row vectors in, row vectors out."""
+
+    def __init__(self, known: dict[Expr, _Affine]) -> None:
+        self.known = known
+
+    def of(self, expr: Expr) -> _Affine:
+        """The map that an activation [tokens, n] is. Raises _NotAffine."""
+        if expr not in self.known:
+            self.known[expr] = self._made(expr)
+        return self.known[expr]
+
+    def _made(self, expr: Expr) -> _Affine:
+        match expr.op:
+            case "add" | "sub":
+                return self._sum(expr)
+            case "neg":
+                return _each("neg", self.of(expr.args[0]))
+            case "scale":
+                return _scaled(expr.args[0], self.of(expr.args[1]))
+            case "mul" | "div":
+                return self._multiple(expr)
+            case "matmul" if len(expr.args[1].shape) > 1:
+                a, m = self.of(expr.args[0]), make("transpose", expr.args[1])
+                return _Affine(_times(m, a.matrix), make("matmul", m, a.constant))
+            case _:
+                raise _NotAffine(f"{render(expr)} is not linear in x")
+
+    def _sum(self, expr: Expr) -> _Affine:
+        """The sum of two, where a number is the same for every feature."""
+        a, b = (None if e.is_scalar else self.of(e) for e in expr.args)
+        matrices = [e if m is None else m.matrix for e, m in zip(expr.args, (a, b), strict=True)]
+        constants = [e if m is None else m.constant for e, m in zip(expr.args, (a, b), strict=True)]
+        matrix = matrices[0] if b is None else matrices[1]
+        if a is not None and b is not None:
+            matrix = make(expr.op, *matrices)
+        elif a is None and expr.op == "sub":
+            matrix = make("neg", matrix)
+        return _Affine(matrix, make(expr.op, *constants))
+
+    def _multiple(self, expr: Expr) -> _Affine:
+        left, right = expr.args
+        if right.is_scalar:
+            return _each(expr.op, self.of(left), right)
+        if left.is_scalar and expr.op == "mul":
+            return _each(expr.op, self.of(right), left)
+        raise _NotAffine(f"{render(expr)} is not linear in x")
+
+
+def _each(op: str, a: _Affine, *operands: Expr) -> _Affine:
+    return _Affine(make(op, a.matrix, *operands), make(op, a.constant, *operands))
 
 
 def _scaled(factors: Expr, a: _Affine) -> _Affine:
@@ -171,18 +197,6 @@ def _scaled(factors: Expr, a: _Affine) -> _Affine:
     if a.matrix.op == "eye":
         return _Affine(make("diag", factors), constant)
     return _Affine(make("scale_rows", factors, a.matrix), constant)
-
-
-def _multiplied(expr: Expr, x: _Affine, y: _Affine) -> _Affine:
-    left, right = expr.args
-    if expr.op == "div" and right.is_scalar:
-        a = _affine(left, x, y)
-        return _Affine(make("div", a.matrix, right), make("div", a.constant, right))
-    if expr.op == "mul" and (left.is_scalar or right.is_scalar):
-        factor, act = (left, right) if left.is_scalar else (right, left)
-        a = _affine(act, x, y)
-        return _Affine(make("mul", factor, a.matrix), make("mul", factor, a.constant))
-    raise _NotAffine(f"{render(expr)} is not linear in x")
 
 
 # --------------------------------------------------------------------------------- the way back
@@ -213,7 +227,8 @@ def invert(weight: Expr) -> Inverse:
 
 def _step(expr: Expr) -> tuple[int, tuple[Expr, ...]] | None:
     """Which argument leads to W, and what beside it depends on W and must be kept."""
-    if OPS[expr.op].undo is None:
+    op = OPS.get(expr.op)
+    if op is None or op.undo is None:
         return None
     through = [i for i, a in enumerate(expr.args) if depends_on(a, WEIGHT)]
     # The way is the argument that is a matrix; whatever else depends on W must be small.

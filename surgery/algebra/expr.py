@@ -16,7 +16,7 @@ from surgery.algebra.axes import Scalar, Size, size, symbol
 Shape = tuple[Size, ...]
 Attribute = str | int | float | bool | Size | None | tuple["Attribute", ...]
 
-TOKENS: Final = symbol("tokens")  # the leading axes of an activation, however many
+TOKENS: Final = symbol("…")  # the leading axes of an activation, however many; no one's name
 IN: Final = symbol("in")
 OUT: Final = symbol("out")
 CHANNELS: Final = symbol("channels")
@@ -24,12 +24,16 @@ CHANNELS: Final = symbol("channels")
 
 @dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
 class Expr:
-    """`op(args; attrs)` of some shape. Made by `node`, never directly."""
+    """`op(args; attrs)` of some shape. Made by `node`, never directly.
+
+    depth: how many operators stand one inside the other; 0 for a leaf.
+    """
 
     op: str
     args: tuple[Expr, ...]
     attrs: tuple[tuple[str, Attribute], ...]
     shape: Shape = field(repr=False)
+    depth: int = field(repr=False)
 
     def attr(self, name: str) -> Attribute:
         """A constant by name; KeyError if it has none of that name."""
@@ -52,10 +56,12 @@ class Expr:
         return bool(self.shape) and self.shape[0] == TOKENS
 
     def __reduce__(self) -> tuple[Callable[..., Expr], tuple[object, ...]]:
+        """As the call that makes it, so that it is interned where it is read."""
         return node, (self.op, self.args, self.shape, self.attrs)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Expr:
-        return self  # interned and immutable
+        """Itself: it is interned and immutable."""
+        return self
 
 
 _INTERNED: WeakValueDictionary[tuple[object, ...], Expr] = WeakValueDictionary()
@@ -71,7 +77,8 @@ def node(
     key = (op, args, attrs, shape)
     found = _INTERNED.get(key)
     if found is None:
-        found = Expr(op, args, attrs, shape)
+        depth = max((a.depth + 1 for a in args), default=0)
+        found = Expr(op, args, attrs, shape, depth)
         _INTERNED[key] = found
     return found
 
@@ -117,35 +124,41 @@ def depends_on(root: Expr, leaf: Expr) -> bool:
     return any(e is leaf for e in walk(root))
 
 
-def render(expr: Expr) -> str:
-    """The expression as text, in the notation of methods."""
-    infix = {"add": "+", "sub": "-", "mul": "*", "div": "/", "matmul": "@"}
-    match expr.op:
-        case "number":
-            return str(expr.attr("value"))
-        case "parameter" | "witness":
-            return expr.text("name")
-        case "weight":
-            return "W"
-        case "bias":
-            return "b"
-        case "merged":
-            return "W'"
-        case "x" | "y":
-            return expr.op
-        case op if op in infix:
-            left, right = (_operand(a) for a in expr.args)
-            return f"{left} {infix[op]} {right}"
-        case "neg":
-            return f"-{_operand(expr.args[0])}"
-        case _:
-            constants = [f"{n}={_constant(v)}" for n, v in expr.attrs]
-            return f"{expr.op}({', '.join([*map(render, expr.args), *constants])})"
+_SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/", "matmul": "@"}
+_NAMES = {"weight": "W", "bias": "b", "merged": "W'", "x": "x", "y": "y", "zeros": "0"}
+_LONGEST = 400
 
 
-def _operand(expr: Expr) -> str:
-    text = render(expr)
-    return f"({text})" if expr.op in ("add", "sub", "mul", "div", "matmul", "neg") else text
+def render(root: Expr) -> str:
+    """The expression as text, in the notation of methods; what is very long is left out as `…`."""
+    texts: dict[Expr, str] = {}
+    for expr in walk(root):
+        texts[expr] = _rendered(expr, [_shortened(texts[a]) for a in expr.args])
+    return texts[root]
+
+
+def _shortened(text: str) -> str:
+    # Parts that repeat would double the text at every level.
+    return text if len(text) <= _LONGEST else "…"
+
+
+def _rendered(expr: Expr, texts: list[str]) -> str:
+    if expr.op == "number":
+        return str(expr.attr("value"))
+    if expr.op in ("parameter", "witness"):
+        return expr.text("name")
+    if expr.op in _NAMES:
+        return _NAMES[expr.op]
+    operands = [
+        f"({t})" if a.op in _SIGNS or a.op == "neg" else t
+        for t, a in zip(texts, expr.args, strict=True)
+    ]
+    if expr.op in _SIGNS:
+        return f" {_SIGNS[expr.op]} ".join(operands)
+    if expr.op == "neg":
+        return f"-{operands[0]}"
+    constants = [f"{n}={_constant(v)}" for n, v in expr.attrs]
+    return f"{expr.op}({', '.join([*texts, *constants])})"
 
 
 def _constant(value: Attribute) -> str:

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from surgery.algebra.applying import Vector
 from surgery.algebra.axes import Scalar, evaluate
 from surgery.algebra.cost import apply_cost, cheapest, numbers, value_cost
 from surgery.algebra.derive import Derived
 from surgery.algebra.expr import BIAS, INPUT, OUT, OUTPUT, WEIGHT, Expr, number, walk
-from surgery.algebra.ops import OPS, Facts, Vector
+from surgery.algebra.ops import OPS
 from surgery.algebra.rules import constant, is_zero, make
+from surgery.algebra.values import Facts
 
 
 class Unlowerable(Exception):
@@ -65,6 +67,7 @@ class Domain:
     anchor: Callable[[], Tensor]
 
 
+_MOST_STEPS = 5000
 _LEAVES = frozenset({"parameter", "weight", "bias", "merged", "witness"})
 
 
@@ -72,6 +75,7 @@ class Evaluator:
     """Dense values, each computed once, in the cheapest order."""
 
     def __init__(self, domain: Domain) -> None:
+        """Evaluate with what a domain offers."""
         self.domain = domain
         self._values: dict[Expr, Tensor] = {}
         self._cost = value_cost(domain.names)
@@ -91,8 +95,17 @@ class Evaluator:
         if expr.op == "number":
             # A Python number takes part in arithmetic as a tensor would, and keeps the dtype.
             return cast(Tensor, evaluate(constant(expr), self.domain.names))
+        op = OPS[expr.op]
         arguments = [self._value(a) for a in expr.args]
-        return OPS[expr.op].value(self.facts(expr), *arguments)
+        if not op.numbers:
+            arguments = [self._filled(a) for a in arguments]
+        return op.value(self.facts(expr), *arguments)
+
+    def _filled(self, value: object) -> Tensor:
+        """A number as a tensor, for what takes nothing else."""
+        if isinstance(value, int | float):
+            return self.domain.anchor().new_full((), value)
+        return cast(Tensor, value)
 
     def facts(self, expr: Expr) -> Facts:
         """The sizes and constants of an expression."""
@@ -115,15 +128,17 @@ class Interpreter(Evaluator):
     """Applies matrices to vectors at a port, structure by structure; see `ops.Applier`."""
 
     def __init__(self, domain: Domain, port: Port, has_bias: bool) -> None:
+        """Run at a port; `has_bias` says whether the site's own layer adds one."""
         super().__init__(domain)
         self.port = port
         self.has_bias = has_bias
         self._applied: dict[tuple[Expr, Vector], Vector] = {}
+        self._steps = 0
 
     def run(self, derived: Derived, x: Tensor) -> Tensor:
         """The adapted output for an input, features last. Raises Unlowerable."""
         vector = Vector(x, raw=True)
-        if derived.merged is None:
+        if derived.merged is None or _random(derived.merged.bias):
             return self._activation_equations(derived, vector)
         weight = cheapest(derived.merged.weight, apply_cost(self.domain.names))
         applied = self._plain(self.apply(weight, vector))
@@ -136,7 +151,7 @@ class Interpreter(Evaluator):
 
     def value(self, expr: Expr) -> Tensor:
         """The dense value; refused where it would silently leave out randomness."""
-        if any(e.op == "drop" for e in walk(expr)):
+        if _random(expr):
             raise Unlowerable("drop(p) stands where no vector passes it at this kind of site")
         return super().value(expr)
 
@@ -144,8 +159,15 @@ class Interpreter(Evaluator):
         """The matrix `expr` by v, through its structure where it has one, else densely."""
         key = (expr, v)
         if key not in self._applied:
+            self._count()
             self._applied[key] = self._structured(expr, v) or self._dense(expr, v)
         return self._applied[key]
+
+    def _count(self) -> None:
+        # A product of a matrix with itself, again and again, would be applied factor by factor.
+        self._steps += 1
+        if self._steps > _MOST_STEPS:
+            raise Unlowerable(f"it takes more than {_MOST_STEPS:,} steps")
 
     def _structured(self, expr: Expr, v: Vector) -> Vector | None:
         if expr is WEIGHT:
@@ -180,7 +202,7 @@ class Interpreter(Evaluator):
         return Vector(y, narrow=True, offset=make("neg", BIAS) if self.has_bias else None)
 
     def features(self, v: Vector) -> Vector | None:
-        """v with its features last; None for an input that only a whole matrix can read."""
+        """The vector with its features last; None for an input that only a whole matrix can read."""
         if not v.raw:
             return v
         if self.port.form != "features":
@@ -212,7 +234,7 @@ class Interpreter(Evaluator):
         return replace(v, factor=kept if v.factor is None else v.factor * kept)
 
     def multiply(self, factor: Expr, v: Vector) -> Vector:
-        """v by a number."""
+        """The vector by a number."""
         v = self._wide(self._plain(v))
         offset = None if v.offset is None else make("mul", factor, v.offset)
         negative = factor.op == "number" and constant(factor) == constant(number(-1))
@@ -220,7 +242,7 @@ class Interpreter(Evaluator):
         return replace(v, tensor=tensor, offset=offset)
 
     def add(self, left: Vector, right: Vector, alpha: int) -> Vector:
-        """left ± right."""
+        """The sum, or the difference where `alpha` is below 0."""
         left, right = self._plain(left), self._plain(right)
         if left.narrow and right.narrow:
             left = self._wide(left)  # else the sum would be rounded, and once more at the end
@@ -252,7 +274,7 @@ class Interpreter(Evaluator):
         return replace(v, tensor=v.tensor + self.value(v.offset), offset=None)
 
     def _plain(self, v: Vector) -> Vector:
-        """v as features, at the price of an identity matrix where the input is restricted."""
+        """The vector as features, at the price of an identity matrix where the input is restricted."""
         if not v.raw:
             return v
         return self.features(v) or self._dense(make("eye", size=WEIGHT.shape[1]), v)
@@ -290,23 +312,32 @@ class Interpreter(Evaluator):
                     raise Unlowerable("x is read in patches here, and cannot be scaled by element")
                 return scaled
             case _:
-                arguments = [self._operand(a, known) for a in expr.args]
-                return Vector(OPS[expr.op].value(self.facts(expr), *arguments))
+                operands = [self._operand(a, known) for a in expr.args]
+                split = {
+                    v.grouped for v, a in zip(operands, expr.args, strict=True) if a.is_activation
+                }
+                if len(split) > 1:
+                    raise Unlowerable("x is read group by group here, and the output is not")
+                value = OPS[expr.op].value(self.facts(expr), *(v.tensor for v in operands))
+                return Vector(value, grouped=True in split)
 
-    def _operand(self, expr: Expr, known: dict[Expr, Vector]) -> Tensor:
+    def _operand(self, expr: Expr, known: dict[Expr, Vector]) -> Vector:
         if not expr.is_activation:
-            return self.value(expr)
+            return Vector(self.value(expr))
         features = self.features(self._activation(expr, known))
         if features is None:
             raise Unlowerable(
                 "x is not a vector of features here; multiply it by a matrix before anything else"
             )
-        if features.grouped:
-            raise Unlowerable("x is read group by group here, and only a matrix joins the groups")
-        return self._wide(features).tensor
+        return self._wide(features)
+
+
+def _random(expr: Expr) -> bool:
+    return any(e.op == "drop" for e in walk(expr))
 
 
 def _rows_by_group(matrix: Tensor, x: Tensor, groups: int) -> Tensor:
     """Each group's rows of a matrix [out, k] by that group's vector; x is [..., groups, k]."""
-    rows = matrix.unflatten(0, (groups, -1)).transpose(-1, -2)  # [groups, k, out / groups]
+    # [groups, k, out / groups]
+    rows = cast(Tensor, matrix.unflatten(0, (groups, -1))).transpose(-1, -2)
     return torch.matmul(x.unsqueeze(-2), rows).flatten(-3)

@@ -7,10 +7,11 @@ line. `make` is the one way to build an expression: it checks the shape, then si
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 
+from surgery.algebra.axes import Size, size
 from surgery.algebra.expr import Attribute, Expr, Shape, node, number, zeros
 from surgery.algebra.ops import OPS
-from surgery.algebra.axes import Size, size
 
 Rule = Callable[[Expr], "Expr | None"]
 
@@ -40,17 +41,22 @@ def substitute(root: Expr, replacements: dict[Expr, Expr]) -> Expr:
     return visit(root)
 
 
+@lru_cache(maxsize=8192)
 def _simplified(expr: Expr) -> Expr:
+    # Remembered, or a rule that goes down two sides would go down shared parts twice at each level.
     for rule in _IDENTITIES.get(expr.op, ()):
         replacement = rule(expr)
-        if replacement is not None:
+        if replacement is None:
+            continue
+        # Zeros have a shape of their own, and how many tokens there are is not known here.
+        if not (replacement.op == "zeros" and expr.is_activation):
             return replacement
     return expr
 
 
 def is_zero(expr: Expr) -> bool:
     """Whether the expression is identically zero."""
-    return expr.op == "zeros" or (expr.op == "number" and constant(expr) == 0)
+    return expr.op == "zeros" or (expr.op == "number" and not constant(expr).terms)
 
 
 def constant(expr: Expr) -> Size:
@@ -68,119 +74,199 @@ def _all_numbers(exprs: Iterable[Expr]) -> bool:
     return all(e.op == "number" for e in exprs)
 
 
-# fmt: off
+# ------------------------------------------------------------------------------ identities
+
+
 def _add(e: Expr) -> Expr | None:
     a, b = e.args
-    if is_zero(a): return b if b.shape == e.shape else None                           # 0 + b = b
-    if is_zero(b): return a if a.shape == e.shape else None                           # a + 0 = a
-    if _all_numbers(e.args): return number(constant(a) + constant(b))
-    if b.op == "neg": return make("sub", a, b.args[0])                                # a + -b = a - b
-    if a.op == "neg": return make("sub", b, a.args[0])                                # -a + b = b - a
-    if a.op == "sub" and a.args[1] is b: return a.args[0]                             # (a - b) + b = a
+    if is_zero(a):
+        return b if b.shape == e.shape else None  # 0 + b = b
+    if is_zero(b):
+        return a if a.shape == e.shape else None  # a + 0 = a
+    if _all_numbers(e.args):
+        return number(constant(a) + constant(b))
+    if b.op == "neg":
+        return make("sub", a, b.args[0])  # a + -b = a - b
+    if a.op == "neg":
+        return make("sub", b, a.args[0])  # -a + b = b - a
+    if a.op == "sub" and a.args[1] is b and a.args[0].shape == e.shape:
+        return a.args[0]  # (a - b) + b = a
     return None
 
 
 def _sub(e: Expr) -> Expr | None:
     a, b = e.args
-    if a is b: return zeros(e.shape)                                                  # a - a = 0
-    if is_zero(b): return a if a.shape == e.shape else None                           # a - 0 = a
-    if is_zero(a): return make("neg", b) if b.shape == e.shape else None              # 0 - b = -b
-    if _all_numbers(e.args): return number(constant(a) - constant(b))
-    if b.op == "neg": return make("add", a, b.args[0])                                # a - -b = a + b
-    if a.op == "add" and b in a.args: return a.args[1 - a.args.index(b)]              # (a + b) - b = a
-    return None
+    if a is b:
+        return _zero_like(e)  # a - a = 0
+    if is_zero(b):
+        return a if a.shape == e.shape else None  # a - 0 = a
+    if is_zero(a):
+        return make("neg", b) if b.shape == e.shape else None  # 0 - b = -b
+    if _all_numbers(e.args):
+        return number(constant(a) - constant(b))
+    if b.op == "neg":
+        return make("add", a, b.args[0])  # a - -b = a + b
+    return _without(a, b, e.shape)
+
+
+def _without(a: Expr, b: Expr, shape: Shape) -> Expr | None:
+    if a.op != "add" or b not in a.args:
+        return None
+    rest = a.args[1 - a.args.index(b)]
+    return rest if rest.shape == shape else None  # (a + b) - b = a
 
 
 def _neg(e: Expr) -> Expr | None:
     a = e.args[0]
-    if is_zero(a): return a                                                           # -0 = 0
-    if a.op == "neg": return a.args[0]                                                # --a = a
-    if a.op == "number": return number(-constant(a))
-    if a.op == "sub": return make("sub", a.args[1], a.args[0])                        # -(a - b) = b - a
-    return None
+    match a.op:
+        case "zeros":
+            return a  # -0 = 0
+        case "neg":
+            return a.args[0]  # --a = a
+        case "number":
+            return number(-constant(a))
+        case "sub":
+            return make("sub", a.args[1], a.args[0])  # -(a - b) = b - a
+        case _:
+            return None
 
 
 def _mul(e: Expr) -> Expr | None:
     a, b = e.args
-    if is_zero(a) or is_zero(b): return _zero_like(e)                                 # 0 * b = 0
-    if _is_one(a): return b                                                           # 1 * b = b
-    if _is_one(b): return a                                                           # a * 1 = a
-    if _all_numbers(e.args): return number(constant(a) * constant(b))
-    if a.op == "neg": return make("neg", make("mul", a.args[0], b))                   # -a * b = -(a * b)
-    if b.op == "neg": return make("neg", make("mul", a, b.args[0]))                   # a * -b = -(a * b)
-    if b.op == "number": return make("mul", b, a)                                     # a * 2 = 2 * a
+    if is_zero(a) or is_zero(b):
+        return _zero_like(e)  # 0 * b = 0
+    if _is_one(a):
+        return b  # 1 * b = b
+    if _all_numbers(e.args):
+        return number(constant(a) * constant(b))
+    if a.op == "neg":
+        return make("neg", make("mul", a.args[0], b))  # -a * b = -(a * b)
+    if b.op == "neg":
+        return make("neg", make("mul", a, b.args[0]))  # a * -b = -(a * b)
+    return _mul_number(a, b)
+
+
+def _mul_number(a: Expr, b: Expr) -> Expr | None:
+    if b.op == "number":
+        return make("mul", b, a)  # a * 2 = 2 * a
     if a.op == "number" and b.op == "mul" and b.args[0].op == "number":
-        return make("mul", number(constant(a) * constant(b.args[0])), b.args[1])      # 2 * (3 * a) = 6 * a
+        return make("mul", number(constant(a) * constant(b.args[0])), b.args[1])  # 2 (3 a) = 6 a
     return None
 
 
 def _div(e: Expr) -> Expr | None:
     a, b = e.args
-    if is_zero(a): return _zero_like(e)                                               # 0 / b = 0
-    if _is_one(b): return a                                                           # a / 1 = a
-    if _all_numbers(e.args): return number(constant(a) / constant(b))
     if b.op == "number" and constant(b).number is not None:
-        return make("mul", number(1 / constant(b)), a)                                # a / 2 = 1/2 * a
+        return make("mul", number(1 / constant(b)), a)  # a / 2 = 1/2 * a
+    if is_zero(a):
+        return _zero_like(e)  # 0 / b = 0
+    if _all_numbers(e.args):
+        return number(constant(a) / constant(b))
     return None
 
 
 def _matmul(e: Expr) -> Expr | None:
     a, b = e.args
-    if is_zero(a) or is_zero(b): return zeros(e.shape)                                # 0 @ b = 0
-    if a.op == "eye": return b                                                        # I @ b = b
-    if b.op == "eye": return a                                                        # a @ I = a
-    if a.op == "neg": return make("neg", make("matmul", a.args[0], b))                # -a @ b = -(a @ b)
-    if b.op == "neg": return make("neg", make("matmul", a, b.args[0]))                # a @ -b = -(a @ b)
+    if is_zero(a) or is_zero(b):
+        return zeros(e.shape)  # 0 @ b = 0
+    if a.op == "eye":
+        return b  # I @ b = b
+    if b.op == "eye":
+        return a  # a @ I = a
+    if a.op == "neg":
+        return make("neg", make("matmul", a.args[0], b))  # -a @ b = -(a @ b)
+    if b.op == "neg":
+        return make("neg", make("matmul", a, b.args[0]))  # a @ -b = -(a @ b)
     return None
 
 
 def _scale_matrix(e: Expr) -> Expr | None:
     v, m = e.args
-    if is_zero(m) or is_zero(v): return zeros(e.shape)                                # 0 * m = 0
-    if m.op == "neg": return make("neg", make(e.op, v, m.args[0]))                    # v * -m = -(v * m)
+    if is_zero(m) or is_zero(v):
+        return zeros(e.shape)  # 0 * m = 0
+    if m.op == "neg":
+        return make("neg", make(e.op, v, m.args[0]))  # v * -m = -(v * m)
     return None
 
 
 def _transpose(e: Expr) -> Expr | None:
-    a = e.args[0]
-    match a.op:
-        case "transpose": return a.args[0]                                            # aᵀᵀ = a
-        case "diag" | "eye" | "drop" | "householder": return a                        # symmetric
-        case "cayley": return make("cayley", make("neg", a.args[0])) if _is_skew(a.args[0]) else None
-        case "skew": return make("neg", a)                                            # Qᵀ = -Q
-        case "neg": return make("neg", make("transpose", a.args[0]))                  # (-a)ᵀ = -(aᵀ)
-        case "blockdiag": return make("blockdiag", make("transpose", a.args[0]))      # blockwise
-        case "kron": return make("kron", *(make("transpose", x) for x in a.args))     # (a ⊗ b)ᵀ = aᵀ ⊗ bᵀ
-        case "matmul" if len(a.args[1].shape) > 1:
-            return make("matmul", make("transpose", a.args[1]), make("transpose", a.args[0]))  # (ab)ᵀ = bᵀaᵀ
-        case "scale_rows": return make("scale_cols", a.args[0], make("transpose", a.args[1]))
-        case "scale_cols": return make("scale_rows", a.args[0], make("transpose", a.args[1]))
-        case _: return zeros(e.shape) if is_zero(a) else None
+    rule = _TRANSPOSES.get(e.args[0].op)
+    return None if rule is None else rule(e.args[0])
+
+
+def _transposed_product(a: Expr) -> Expr | None:
+    if len(a.args[1].shape) < 2:
+        return None
+    return make("matmul", make("transpose", a.args[1]), make("transpose", a.args[0]))
+
+
+def _transposed_cayley(a: Expr) -> Expr | None:
+    return make("cayley", make("neg", a.args[0])) if _is_skew(a.args[0]) else None
+
+
+def _itself(a: Expr) -> Expr:
+    return a
+
+
+# What aᵀ is, by the operator of a.
+_TRANSPOSES: dict[str, Rule] = {
+    "transpose": lambda a: a.args[0],  # aᵀᵀ = a
+    "diag": _itself,  # symmetric
+    "eye": _itself,  # symmetric
+    "drop": _itself,  # symmetric
+    "householder": _itself,  # symmetric
+    "zeros": lambda a: zeros((*a.shape[:-2], a.shape[-1], a.shape[-2])),  # 0ᵀ = 0
+    "skew": lambda a: make("neg", a),  # Qᵀ = -Q
+    "cayley": _transposed_cayley,  # C(Q)ᵀ = C(-Q), if Qᵀ = -Q
+    "neg": lambda a: make("neg", make("transpose", a.args[0])),  # (-a)ᵀ = -(aᵀ)
+    "blockdiag": lambda a: make("blockdiag", make("transpose", a.args[0])),  # blockwise
+    "kron": lambda a: make("kron", *(make("transpose", x) for x in a.args)),  # aᵀ ⊗ bᵀ
+    "matmul": _transposed_product,  # (a @ b)ᵀ = bᵀ @ aᵀ
+    "scale_rows": lambda a: make("scale_cols", a.args[0], make("transpose", a.args[1])),
+    "scale_cols": lambda a: make("scale_rows", a.args[0], make("transpose", a.args[1])),
+}
 
 
 def _inverse(e: Expr) -> Expr | None:
-    a = e.args[0]
-    match a.op:
-        case "inverse": return a.args[0]                                              # (a⁻¹)⁻¹ = a
-        case "eye" | "householder": return a                                          # its own inverse
-        case "drop": return make("eye", size=a.shape[0])                              # its value is I
-        case "cayley": return make("cayley", make("neg", a.args[0]))                  # C(Q)⁻¹ = C(-Q)
-        case "diag": return make("diag", make("div", number(1), a.args[0]))           # elementwise
-        case "transpose": return make("transpose", make("inverse", a.args[0]))        # (aᵀ)⁻¹ = (a⁻¹)ᵀ
-        case "blockdiag" if _square(a.args[0]):
-            return make("blockdiag", make("inverse", a.args[0]))                      # blockwise
-        case "kron" if all(map(_square, a.args)):
-            return make("kron", *(make("inverse", x) for x in a.args))                # (a ⊗ b)⁻¹ = a⁻¹ ⊗ b⁻¹
-        case "matmul" if all(map(_square, a.args)):
-            return make("matmul", make("inverse", a.args[1]), make("inverse", a.args[0]))  # (ab)⁻¹ = b⁻¹a⁻¹
-        case _: return None
+    rule = _INVERSES.get(e.args[0].op)
+    return None if rule is None else rule(e.args[0])
+
+
+def _inverse_product(a: Expr) -> Expr | None:
+    if not all(map(_square, a.args)):
+        return None
+    return make("matmul", make("inverse", a.args[1]), make("inverse", a.args[0]))
+
+
+def _inverse_blocks(a: Expr) -> Expr | None:
+    if not all(map(_square, a.args)):
+        return None
+    return make(a.op, *(make("inverse", x) for x in a.args))
+
+
+# What a⁻¹ is, by the operator of a.
+_INVERSES: dict[str, Rule] = {
+    "inverse": lambda a: a.args[0],  # (a⁻¹)⁻¹ = a
+    "eye": _itself,  # its own inverse
+    "householder": _itself,  # its own inverse
+    "drop": lambda a: make("eye", size=a.shape[0]),  # its value is I
+    "cayley": lambda a: make("cayley", make("neg", a.args[0])),  # C(Q)⁻¹ = C(-Q)
+    "diag": lambda a: make("diag", make("div", number(1), a.args[0])),  # elementwise
+    "transpose": lambda a: make("transpose", make("inverse", a.args[0])),  # (aᵀ)⁻¹ = (a⁻¹)ᵀ
+    "blockdiag": _inverse_blocks,  # blockwise
+    "kron": _inverse_blocks,  # (a ⊗ b)⁻¹ = a⁻¹ ⊗ b⁻¹
+    "matmul": _inverse_product,  # (a @ b)⁻¹ = b⁻¹ @ a⁻¹
+}
 
 
 def _drop(e: Expr) -> Expr | None:
-    p = e.attr("p")
-    if p == size(0): return make("eye", size=e.shape[0])                              # nothing is dropped
-    return None
-# fmt: on
+    if e.attr("p") != size(0):
+        return None
+    return make("eye", size=e.shape[0])  # nothing is dropped
+
+
+def _constant_gradient(e: Expr) -> Expr | None:
+    return e.args[0] if e.args[0].op in ("number", "zeros") else None  # it has no gradient
 
 
 def _is_skew(expr: Expr) -> bool:
@@ -208,6 +294,7 @@ _IDENTITIES: dict[str, tuple[Rule, ...]] = {
     "transpose": (_transpose,),
     "inverse": (_inverse,),
     "drop": (_drop,),
+    "stop_gradient": (_constant_gradient,),
 }
 
 
@@ -219,60 +306,75 @@ def alternatives(expr: Expr) -> tuple[Expr, ...]:
     return tuple(e for rule in _ALTERNATIVES.get(expr.op, ()) if (e := rule(expr)) is not None)
 
 
-# fmt: off
 def _scalar_into_right(e: Expr) -> Expr | None:
     s, m = e.args
-    if not s.is_scalar or m.op != "matmul": return None
-    return make("matmul", m.args[0], make("mul", s, m.args[1]))                       # s (a @ b) = a @ (s b)
+    if not s.is_scalar or m.op != "matmul":
+        return None
+    return make("matmul", m.args[0], make("mul", s, m.args[1]))  # s (a @ b) = a @ (s b)
 
 
 def _scalar_into_left(e: Expr) -> Expr | None:
     s, m = e.args
-    if not s.is_scalar or m.op != "matmul": return None
-    return make("matmul", make("mul", s, m.args[0]), m.args[1])                       # s (a @ b) = (s a) @ b
+    if not s.is_scalar or m.op != "matmul":
+        return None
+    return make("matmul", make("mul", s, m.args[0]), m.args[1])  # s (a @ b) = (s a) @ b
 
 
 def _scalar_into_tile(e: Expr) -> Expr | None:
     s, m = e.args
-    if not s.is_scalar or m.op != "tile": return None
-    return make("tile", make("mul", s, m.args[0]), **dict(m.attrs))                   # s tile(a) = tile(s a)
+    if not s.is_scalar or m.op != "tile":
+        return None
+    return make("tile", make("mul", s, m.args[0]), **dict(m.attrs))  # s tile(a) = tile(s a)
 
 
 def _right_first(e: Expr) -> Expr | None:
     a, c = e.args
-    if a.op != "matmul" or len(c.shape) != 2: return None
-    return make("matmul", a.args[0], make("matmul", a.args[1], c))                    # (a @ b) @ c = a @ (b @ c)
+    if a.op != "matmul" or len(a.shape) != 2:
+        return None
+    return make("matmul", a.args[0], make("matmul", a.args[1], c))  # (a @ b) @ c = a @ (b @ c)
 
 
 def _left_first(e: Expr) -> Expr | None:
     a, c = e.args
-    if c.op != "matmul" or len(c.args[1].shape) != 2: return None
-    return make("matmul", make("matmul", a, c.args[0]), c.args[1])                    # a @ (b @ c) = (a @ b) @ c
+    if c.op != "matmul" or len(c.args[0].shape) != 2 or len(c.args[1].shape) != 2:
+        return None
+    return make("matmul", make("matmul", a, c.args[0]), c.args[1])  # a @ (b @ c) = (a @ b) @ c
 
 
 def _rows_into_left(e: Expr) -> Expr | None:
     v, m = e.args
-    if m.op != "matmul": return None
-    return make("matmul", make("scale_rows", v, m.args[0]), m.args[1])                # v ∘ (a @ b) = (v ∘ a) @ b
+    if m.op != "matmul":
+        return None
+    return make("matmul", make("scale_rows", v, m.args[0]), m.args[1])  # v (a @ b) = (v a) @ b
 
 
 def _columns_into_right(e: Expr) -> Expr | None:
     v, m = e.args
-    if m.op != "matmul": return None
-    return make("matmul", m.args[0], make("scale_cols", v, m.args[1]))                # (a @ b) ∘ v = a @ (b ∘ v)
+    if m.op != "matmul":
+        return None
+    return make("matmul", m.args[0], make("scale_cols", v, m.args[1]))  # (a @ b) v = a @ (b v)
 
 
 def _factor_right(e: Expr) -> Expr | None:
     a, b = e.args
-    if a.op != "matmul" or b.op != "matmul" or a.args[1] is not b.args[1]: return None
-    return make("matmul", make(e.op, a.args[0], b.args[0]), a.args[1])                # a @ c + b @ c = (a + b) @ c
+    if not _products(a, b) or a.args[1] is not b.args[1]:
+        return None
+    return make(
+        "matmul", make(e.op, a.args[0], b.args[0]), a.args[1]
+    )  # a @ c + b @ c = (a + b) @ c
 
 
 def _factor_left(e: Expr) -> Expr | None:
     a, b = e.args
-    if a.op != "matmul" or b.op != "matmul" or a.args[0] is not b.args[0]: return None
-    return make("matmul", a.args[0], make(e.op, a.args[1], b.args[1]))                # c @ a + c @ b = c @ (a + b)
-# fmt: on
+    if not _products(a, b) or a.args[0] is not b.args[0]:
+        return None
+    return make(
+        "matmul", a.args[0], make(e.op, a.args[1], b.args[1])
+    )  # c @ a + c @ b = c @ (a + b)
+
+
+def _products(a: Expr, b: Expr) -> bool:
+    return a.op == "matmul" and b.op == "matmul"
 
 
 _ALTERNATIVES: dict[str, tuple[Rule, ...]] = {

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fractions import Fraction
-from typing import TypeVar, assert_never
+from typing import Any, NoReturn, TypeVar, assert_never, cast
 
-from surgery.algebra.axes import FUNCTIONS, Scalar, Size, function
+from surgery.algebra.axes import FUNCTIONS, MAX_BITS, Scalar, Size, bounded, function, size
 from surgery.errors import Span, refuse
 from surgery.language import syntax as ast
 
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """A value that is not known yet, when a definition is checked: a text or truth argument."""
+    """A value that is not known yet, when a definition is checked.
+
+    type: of the value, where that is known.
+    """
 
     name: str
+    type: ast.ValueType | None = None
 
 
 T = TypeVar("T")
@@ -30,18 +34,28 @@ Decide = Callable[[ast.Expression], bool]
 
 CONSTANTS: Mapping[str, Value] = {"pi": 3.141592653589793, "null": None}
 SCALAR_FUNCTIONS = frozenset(FUNCTIONS) - {"mod", "pow", "reciprocal"}
+_OF_MANY = frozenset({"min", "max"})
 
-_ARITHMETIC: Mapping[str, Callable[..., Scalar]] = {
+_ARITHMETIC: Mapping[str, Callable[[Any, Any], Any]] = {
     "+": operator.add,
     "-": operator.sub,
     "*": operator.mul,
-    "/": operator.truediv,
+    "/": lambda a, b: Fraction(a, b) if isinstance(a, int) and isinstance(b, int) else a / b,
+    "//": lambda a, b: function("floor", size(a) / b),
+    "%": lambda a, b: function("mod", a, b),
+    "**": lambda a, b: size(a) ** b,
 }
-_ORDER: Mapping[str, Callable[..., bool]] = {
+_ORDER: Mapping[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt,
     "<=": operator.le,
     ">": operator.gt,
     ">=": operator.ge,
+}
+_TYPES: Mapping[ast.ValueType, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "text": (str,),
+    "bool": (bool,),
 }
 
 
@@ -51,9 +65,13 @@ def undecided(condition: ast.Expression) -> bool:
 
 
 class Scalars:
-    """Evaluates expressions over some names; every mistake is a diagnostic with its place."""
+    """Evaluates expressions over some names; every mistake is a diagnostic with its place.
+
+    Each operand is evaluated once, so that the time is that of reading the expression.
+    """
 
     def __init__(self, names: Mapping[str, object], decide: Decide = undecided) -> None:
+        """Evaluate over `names`; conditions that are open are left to `decide`."""
         self.names = names
         self.decide = decide
 
@@ -61,7 +79,7 @@ class Scalars:
         """The value. Raises DefinitionError (E101 to E110)."""
         match expr:
             case ast.Number() | ast.Text() | ast.Truth():
-                return expr.value
+                return _literal(expr)
             case ast.Name():
                 return self.name(expr)
             case ast.Unary():
@@ -72,10 +90,8 @@ class Scalars:
                 return self(expr.then if self.holds(expr.condition) else expr.other)
             case ast.Call():
                 return self.call(expr)
-            case ast.Subscript():
+            case ast.Subscript() | ast.Slice():
                 return self.subscript(expr)
-            case ast.Slice():
-                refuse("E102", "a slice stands only behind a tensor", expr.span)
             case _:
                 assert_never(expr)
 
@@ -92,15 +108,24 @@ class Scalars:
         value = self(condition)
         if isinstance(value, bool):
             return value
-        if isinstance(value, Open):
+        if isinstance(value, Open) and value.type in (None, "bool"):
             return self.decide(condition)
-        refuse("E103", "a condition must be true or false", condition.span, label=f"{value!s}")
+        refuse(
+            "E103",
+            "a condition must be true or false",
+            condition.span,
+            label=f"this is {kind(value)}",
+        )
 
     def unary(self, expr: ast.Unary) -> object:
         """`-a` and `not a`."""
         if expr.operator == "not":
             return not self.holds(expr.operand)
-        return -self.number(expr.operand)
+        return self.negative(expr, self(expr.operand))
+
+    def negative(self, expr: ast.Unary, value: object) -> object:
+        """`-a`, of a value."""
+        return -as_number(value, expr.operand)
 
     def binary(self, expr: ast.Binary) -> object:
         """Arithmetic, comparison and logic."""
@@ -109,21 +134,22 @@ class Scalars:
                 return self.holds(expr.left) and self.holds(expr.right)
             case "or":
                 return self.holds(expr.left) or self.holds(expr.right)
-            case "==" | "!=" | "<" | "<=" | ">" | ">=":
-                return compare(expr, self(expr.left), self(expr.right))
-            case "@":
-                refuse("E102", "@ stands only between tensors", expr.span)
             case _:
-                return arithmetic(expr, self.number(expr.left), self.number(expr.right))
+                return self.operate(expr, self(expr.left), self(expr.right))
+
+    def operate(self, expr: ast.Binary, left: object, right: object) -> object:
+        """Arithmetic and comparison, of values."""
+        if expr.operator in _ARITHMETIC:
+            return arithmetic(expr, as_number(left, expr.left), as_number(right, expr.right))
+        if expr.operator == "@":
+            refuse("E102", "@ stands only between tensors", expr.span)
+        return compare(expr, left, right)
 
     def number(self, expr: ast.Expression) -> Scalar:
         """The value, which must be a number."""
-        value = self(expr)
-        if isinstance(value, bool) or not isinstance(value, int | float | Fraction | Size):
-            refuse("E103", "a number is needed here", expr.span, label=f"this is {kind(value)}")
-        return value
+        return as_number(self(expr), expr)
 
-    def subscript(self, expr: ast.Subscript) -> object:
+    def subscript(self, expr: ast.Subscript | ast.Slice) -> object:
         """`A[:, :in]`, which numbers do not have."""
         refuse("E102", "only a tensor can be sliced", expr.span)
 
@@ -131,51 +157,62 @@ class Scalars:
         """A function of numbers."""
         if expr.function not in SCALAR_FUNCTIONS:
             unknown_name(expr.function, expr.span, SCALAR_FUNCTIONS, noun="function")
+        return self.computed(expr, [self(a) for a in expr.arguments])
+
+    def computed(self, expr: ast.Call, values: Sequence[object]) -> object:
+        """A function of numbers, of values."""
+        name = expr.function
         if expr.keywords:
-            refuse("E104", f"{expr.function}() takes no named arguments", expr.keywords[0].span)
-        numbers = [self.number(a) for a in expr.arguments]
-        return guarded(expr.span, lambda: function(expr.function, *numbers))
+            refuse("E104", f"{name}() takes no named arguments", expr.keywords[0].span)
+        if len(values) < 2 if name in _OF_MANY else len(values) != 1:
+            wanted = "at least two arguments" if name in _OF_MANY else "one argument"
+            refuse("E104", f"{name}() takes {wanted}", expr.span)
+        numbers = [as_number(v, a) for v, a in zip(values, expr.arguments, strict=True)]
+        return guarded(expr.span, lambda: function(name, *numbers))
+
+
+def _literal(expr: ast.Number | ast.Text | ast.Truth) -> object:
+    if isinstance(expr, ast.Number):
+        guarded(expr.span, lambda: size(expr.value))
+    return expr.value
+
+
+def as_number(value: object, expr: ast.Expression) -> Scalar:
+    """The value of an expression, which must be a number (E103)."""
+    if isinstance(value, bool) or not isinstance(value, int | float | Fraction | Size):
+        refuse("E103", "a number is needed here", expr.span, label=f"this is {kind(value)}")
+    return value
 
 
 def compare(expr: ast.Binary, left: object, right: object) -> bool | Open:
     """`left operator right`; open while either side has a name in it."""
+    if expr.operator not in ("==", "!="):
+        _check_ordered(expr.left, left)
+        _check_ordered(expr.right, right)
     if any(isinstance(v, Open) or _is_symbolic(v) for v in (left, right)):
         return Open(expr.span.text)
     left, right = _known(left), _known(right)
     if expr.operator in ("==", "!="):
         return (left == right) is (expr.operator == "==")
-    for side, value in ((expr.left, left), (expr.right, right)):
-        if isinstance(value, bool) or not isinstance(value, int | float | Fraction):
-            refuse("E103", "only numbers have an order", side.span, label=f"this is {kind(value)}")
     return _ORDER[expr.operator](left, right)
+
+
+def _check_ordered(side: ast.Expression, value: object) -> None:
+    ordered = isinstance(value, int | float | Fraction | Size) and not isinstance(value, bool)
+    if not ordered and not (isinstance(value, Open) and value.type is None):
+        refuse("E103", "only numbers have an order", side.span, label=f"this is {kind(value)}")
 
 
 def arithmetic(expr: ast.Binary, left: Scalar, right: Scalar) -> Scalar:
     """`left operator right` between numbers; ints stay ints where they can."""
-    return guarded(expr.span, lambda: _compute(expr.operator, left, right))
+    return guarded(expr.span, lambda: _finite(_ARITHMETIC[expr.operator](left, right)))
 
 
-def _compute(name: str, left: Scalar, right: Scalar) -> Scalar:
-    match name:
-        case "//":
-            return function("floor", left / right)
-        case "%":
-            return function("mod", left, right)
-        case "**":
-            return _bounded_power(left, right)
-        case "/" if isinstance(left, int) and isinstance(right, int):
-            return Fraction(left, right)
-        case _:
-            return _ARITHMETIC[name](left, right)
-
-
-def _bounded_power(left: Scalar, right: Scalar) -> Scalar:
-    """A power, unless its digits alone would fill the memory."""
-    if isinstance(left, Size) or isinstance(right, Size):
-        return left**right if isinstance(left, Size) else function("pow", left, right)
-    if abs(float(right)) > 1024:
-        raise OverflowError
-    return left**right
+def _finite(value: Scalar) -> Scalar:
+    """The value. Raises OverflowError if it is larger than any number of a spec may be."""
+    if not isinstance(value, Size):
+        bounded(Fraction(value))
+    return value
 
 
 def guarded(span: Span, compute: Callable[[], T]) -> T:
@@ -184,16 +221,29 @@ def guarded(span: Span, compute: Callable[[], T]) -> T:
         return compute()
     except ZeroDivisionError:
         refuse("E105", "division by zero", span, hint="give the divisor a value other than 0")
-    except (ArithmeticError, ValueError, TypeError) as error:
-        refuse("E105", f"this cannot be computed: {error}", span)
+    except OverflowError:
+        refuse("E105", "this is too large to be computed", span, hint="write a smaller number")
+    except (ArithmeticError, ValueError) as error:
+        refuse("E105", "this cannot be computed", span, label=str(error))
 
 
-def unknown_name(name: str, span: Span, known: object, noun: str = "name") -> object:
+def unknown_name(name: str, span: Span, known: Iterable[str], noun: str = "name") -> NoReturn:
     """Refuse a name that is not known (E101), with the nearest one that is."""
-    candidates = sorted(map(str, known))  # pyright: ignore[reportArgumentType, reportUnknownVariableType, reportUnknownArgumentType]
-    near = get_close_matches(name, candidates, 1)
-    label = f"did you mean `{near[0]}`?" if near else ""
-    refuse("E101", f"unknown {noun} `{name}`", span, label=label)
+    place = span.within(0, len(name)) if span.text.startswith(name) else span
+    near = did_you_mean(name, known)
+    refuse("E101", f"unknown {noun} `{name}`", place, label=near, hint="" if near else _list(known))
+
+
+def _list(names: Iterable[str], most: int = 12) -> str:
+    listed = sorted(names)
+    shown = ", ".join(listed[:most])
+    return f"there are: {shown}, …" if len(listed) > most else f"there are: {shown or 'none'}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The nearest of some names as a question, or ""."""
+    near = get_close_matches(name, sorted(known), 1)
+    return f"did you mean `{near[0]}`?" if near else ""
 
 
 def kind(value: object) -> str:
@@ -206,11 +256,20 @@ def kind(value: object) -> str:
         case str():
             return "a text"
         case Open():
-            return "a text or a truth"
+            return _KINDS[value.type]
         case None:
             return "null"
         case _:
             return "a tensor"
+
+
+_KINDS: Mapping[ast.ValueType | None, str] = {
+    "int": "a number",
+    "float": "a number",
+    "text": "a text",
+    "bool": "true or false",
+    None: "a text or a truth",
+}
 
 
 def plain(value: object) -> object:
@@ -219,6 +278,49 @@ def plain(value: object) -> object:
     if isinstance(known, Fraction):
         return int(known) if known.denominator == 1 else float(known)
     return known
+
+
+def typed(value: object, wanted: ast.ValueType, name: str, span: Span) -> object:
+    """The value, if it is of the type; an int counts as a float, and no number is infinite.
+
+    What is not known yet passes. Raises DefinitionError (E119).
+    """
+    found = plain(value)
+    if isinstance(found, Size) or (isinstance(found, Open) and found.type in (None, wanted)):
+        return found
+    if isinstance(found, int | float) and not abs(found) < 2**MAX_BITS:
+        refuse("E119", f"`{name}` is {_shown(found)}", span, label="a finite number is needed")
+    if isinstance(found, _TYPES[wanted]) and isinstance(found, bool) is (wanted == "bool"):
+        return float(cast(float, found)) if wanted == "float" else found
+    article = "an" if wanted == "int" else "a"
+    refuse(
+        "E119",
+        f"`{name}` is {article} {wanted}, and {_shown(found)} is {kind(found)}",
+        span,
+        hint=_EXAMPLES[wanted],
+    )
+
+
+_EXAMPLES: Mapping[ast.ValueType, str] = {
+    "int": "write a whole number, such as 8",
+    "float": "write a number, such as 0.5",
+    "text": 'write a text in double quotes, such as "out"',
+    "bool": "write true or false",
+}
+
+
+def _shown(value: object) -> str:
+    match value:
+        case None | bool():
+            return {None: "null", True: "true", False: "false"}[value]
+        case str():
+            return f'"{value}"'
+        case int() if abs(value) > 10**18:
+            return "a number of more than 18 digits"
+        case Open():
+            return f"`{value.name}`"
+        case _:
+            return str(value)
 
 
 def _is_symbolic(value: object) -> bool:

@@ -6,7 +6,8 @@ that quotes both sides, and whoever knows the source adds where it was.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import cast
 
@@ -27,7 +28,6 @@ def show(shape: Shape) -> str:
 
 def same(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
     """Elementwise between equal shapes, or with a number."""
-    del attrs
     left, right = (a.shape for a in args)
     if left == right or not right:
         return left
@@ -38,13 +38,11 @@ def same(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
 
 def unary(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
     """The argument's own shape."""
-    del attrs
     return args[0].shape
 
 
 def matmul(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
     """Matrix by matrix (with equal leading axes), matrix by vector, activation by matrix."""
-    del attrs
     left, right = (a.shape for a in args)
     if len(left) < 2 or not right:
         raise Mismatch(f"@ needs a matrix on its left, and here are {show(left)} @ {show(right)}")
@@ -64,14 +62,12 @@ def _inner(left: Shape, right: Shape, row: Size) -> None:
 
 def transpose(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
     """The last two axes, exchanged."""
-    del attrs
     shape = rank_at_least(args[0], 2)
     return (*shape[:-2], shape[-1], shape[-2])
 
 
 def square(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
     """A batch of square matrices."""
-    del attrs
     shape = rank_at_least(args[0], 2)
     if shape[-1] != shape[-2]:
         raise Mismatch(f"{show(shape)} is not square")
@@ -94,13 +90,11 @@ def rank(arg: Expr, axes: int) -> Shape:
 
 def scale_rows(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
     """A vector [m] by the rows of a matrix [m, n]."""
-    del attrs
     return _scaled(args, 0, "rows")
 
 
 def scale_cols(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
     """A vector [n] by the columns of a matrix [m, n]."""
-    del attrs
     return _scaled(args, 1, "columns")
 
 
@@ -113,7 +107,6 @@ def _scaled(args: tuple[Expr, ...], axis: int, noun: str) -> Shape:
 
 def scale(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
     """A vector by the last axis of an activation."""
-    del attrs
     (length,), shape = rank(args[0], 1), args[1].shape
     if length != shape[-1]:
         raise Mismatch(f"a vector of {length} for the last axis of {show(shape)}")
@@ -122,7 +115,6 @@ def scale(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
 
 def channelwise(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
     """[channels] to [in]: each channel's value for the whole kernel."""
-    del attrs
     if args[0].shape != (CHANNELS,):
         raise Mismatch(f"needs [channels], not {show(args[0].shape)}")
     return (IN,)
@@ -130,21 +122,18 @@ def channelwise(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
 
 def diag(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
     """[n] to [n, n]."""
-    del attrs
     (length,) = rank(args[0], 1)
     return (length, length)
 
 
 def blockdiag(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
     """[n, p, q] to [n * p, n * q]."""
-    del attrs
     n, p, q = rank(args[0], 3)
     return (n * p, n * q)
 
 
 def kron(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
     """[p, q] and [s, t] to [p * s, q * t]."""
-    del attrs
     (p, q), (s, t) = rank(args[0], 2), rank(args[1], 2)
     return (p * s, q * t)
 
@@ -168,7 +157,6 @@ def tile(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
 
 def eye(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
     """[n, n]."""
-    del args
     n = attrs["size"]
     assert isinstance(n, Size)
     return (n, n)
@@ -176,13 +164,11 @@ def eye(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
 
 def rowwise(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
     """[..., m, n] to [..., m]."""
-    del attrs
     return rank_at_least(args[0], 2)[:-1]
 
 
 def colwise(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
     """[..., m, n] to [..., n]."""
-    del attrs
     shape = rank_at_least(args[0], 2)
     return (*shape[:-2], shape[-1])
 
@@ -205,60 +191,120 @@ def concat(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
 
 def subscript(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
     """A slice of each axis: `bounds` holds start and stop, an axis each."""
-    bounds = attrs["bounds"]
-    assert isinstance(bounds, tuple)
     shape = args[0].shape
-    if len(bounds) > len(shape):
-        raise Mismatch(f"{len(bounds)} slices for the {len(shape)} axes of {show(shape)}")
     lengths: list[Size] = []
-    for axis, bound in zip(shape, bounds, strict=False):
-        assert isinstance(bound, tuple)
-        start, stop = bound
-        assert isinstance(start, Size)
-        end = axis if stop is None else stop
-        assert isinstance(end, Size)
-        lengths.append(end - start)
-    return (*lengths, *shape[len(bounds) :])
+    for axis, (start, stop) in zip(shape, slice_bounds(attrs), strict=False):
+        length = stop - start
+        for part in (start, length, axis - stop):
+            if part.number is not None and part.number < (part is length):
+                raise Mismatch(f"{start}:{stop} does not lie in an axis of {axis}")
+        lengths.append(length)
+    return (*lengths, *shape[len(lengths) :])
+
+
+def slice_bounds(attrs: Attrs) -> tuple[tuple[Size, Size], ...]:
+    """Start and stop of each axis that is sliced."""
+    return cast(tuple[tuple[Size, Size], ...], attrs["bounds"])
+
+
+# ------------------------------------------------------------------------------------- layouts
+
+AXIS = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+_PATTERN = re.compile(r"\s*(?:[A-Za-z][A-Za-z0-9_]*(?<!_)|1(?!\w)|\(|\))\s*")
+_REDUCTIONS = ("sum", "mean", "max", "min", "prod")
+
+Side = tuple[tuple[str, ...], ...]
 
 
 @lru_cache(maxsize=1024)
-def parsed_pattern(pattern: str) -> tuple[tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...]]:
+def parsed_pattern(pattern: str) -> tuple[Side, Side]:
     """Both sides of an einops pattern: an axis is the names it is composed of.
 
-    Raises Mismatch for anything that einops would not take; ellipses are not taken.
+    Raises Mismatch for anything else than names, `1` and one level of parentheses.
     """
-    from einops import EinopsError
-    from einops.parsing import ParsedExpression
-
     left, arrow, right = pattern.partition("->")
-    if not arrow or "..." in pattern or "…" in pattern:
+    if not arrow:
         raise Mismatch(f'"{pattern}" is not a pattern such as "(n r) i -> n r i"')
-    try:
-        sides = [ParsedExpression(side) for side in (left, right)]
-    except EinopsError as error:
-        raise Mismatch(str(error)) from None
-    before, after = (
-        tuple(tuple(str(name) for name in axis) for axis in side.composition) for side in sides
-    )
-    return before, after
+    return _side(left, pattern), _side(right, pattern)
 
 
-def layout(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
-    """The shape an einops pattern gives; `axes` names the sizes that the shape does not tell."""
-    pattern = attrs["pattern"]
-    assert isinstance(pattern, str)
-    known = axis_sizes(args[0].shape, attrs)
-    after = parsed_pattern(pattern)[1]
+def _side(text: str, pattern: str) -> Side:
+    axes: list[list[str]] = []
+    inside, at = False, 0
+    while at < len(text):
+        found = _PATTERN.match(text, at)
+        token = found.group().strip() if found else text[at:].strip()[:1]
+        if found is None or token == ("(" if inside else ")"):
+            raise Mismatch(f'"{pattern}" cannot be read at `{token}`')
+        if token in ("(", ")"):
+            inside = token == "("
+        if token == "(" or (token != ")" and not inside):
+            axes.append([])
+        if token not in ("(", ")", "1"):
+            axes[-1].append(token)
+        at = found.end()
+    names = [n for axis in axes for n in axis]
+    if inside or len(set(names)) < len(names):
+        raise Mismatch(
+            f'"{pattern}": ' + ("`(` is not closed" if inside else "an axis stands twice")
+        )
+    return tuple(map(tuple, axes))
+
+
+def rearrange(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
+    """The shape an einops pattern gives, with the same axes on both sides."""
+    before, after = _names(attrs)
+    _only_in(after, before, attrs, "the right of")
+    return repeat(args, attrs)
+
+
+def repeat(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
+    """The same with axes that are only on the right; their sizes are given by name."""
+    before, after = _names(attrs)
+    _only_in(before, after, attrs, "the left of")
+    return _laid_out(args[0], attrs)
+
+
+def reduce(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
+    """The same with axes that are only on the left, and vanish."""
+    before, after = _names(attrs)
+    _only_in(after, before, attrs, "the right of")
+    if attrs["by"] not in _REDUCTIONS:
+        raise Mismatch(f"a reduction is one of {', '.join(_REDUCTIONS)}, not `{attrs['by']}`")
+    return _laid_out(args[0], attrs)
+
+
+def _laid_out(arg: Expr, attrs: Attrs) -> Shape:
+    known = axis_sizes(arg.shape, attrs)
+    pattern, after = _pattern(attrs), parsed_pattern(_pattern(attrs))[1]
     unknown = [n for axis in after for n in axis if n not in known]
     if unknown:
         raise Mismatch(f'"{pattern}" does not say how long {unknown[0]} is; add {unknown[0]} = …')
     return tuple(_length(axis, known) for axis in after)
 
 
+def _names(attrs: Attrs) -> tuple[frozenset[str], frozenset[str]]:
+    before, after = parsed_pattern(_pattern(attrs))
+    names = frozenset(n for axis in before for n in axis), frozenset(n for a in after for n in a)
+    for given in given_axes(attrs):
+        if given not in names[0] | names[1]:
+            raise Mismatch(f'"{_pattern(attrs)}" has no axis {given}')
+    return names
+
+
+def _only_in(some: frozenset[str], others: frozenset[str], attrs: Attrs, where: str) -> None:
+    alone = sorted(some - others)
+    if alone:
+        raise Mismatch(f'{alone[0]} stands only on {where} "{_pattern(attrs)}"')
+
+
+def _pattern(attrs: Attrs) -> str:
+    return cast(str, attrs["pattern"])
+
+
 def axis_sizes(shape: Shape, attrs: Attrs) -> dict[str, Size]:
     """The size of every axis that a pattern names, given or solved for."""
-    pattern = attrs["pattern"]
-    assert isinstance(pattern, str)
+    pattern = _pattern(attrs)
     known = given_axes(attrs)
     before = parsed_pattern(pattern)[0]
     if len(before) != len(shape):
@@ -270,9 +316,7 @@ def axis_sizes(shape: Shape, attrs: Attrs) -> dict[str, Size]:
 
 def given_axes(attrs: Attrs) -> dict[str, Size]:
     """The sizes that were given by name with a pattern."""
-    axes = attrs["axes"]
-    assert isinstance(axes, tuple)
-    return dict(cast(tuple[tuple[str, Size], ...], axes))
+    return dict(cast(tuple[tuple[str, Size], ...], attrs["axes"]))
 
 
 def _solve(pattern: str, names: tuple[str, ...], length: Size, known: dict[str, Size]) -> None:
@@ -296,3 +340,18 @@ def _length(names: tuple[str, ...], known: dict[str, Size]) -> Size:
 def activation(arg: Expr) -> bool:
     """Whether the argument varies from token to token."""
     return bool(arg.shape) and arg.shape[0] == TOKENS
+
+
+def hidden_sizes(expr: Expr) -> Iterator[tuple[Size, int]]:
+    """Sizes that no shape shows, and the least that each may be: axes of patterns, rests of slices.
+
+    Like those of shapes, they must be whole at every site.
+    """
+    attrs = dict(expr.attrs)
+    if "pattern" in attrs:
+        for length in axis_sizes(expr.args[0].shape, attrs).values():
+            yield length, 1
+    if "bounds" in attrs:
+        for axis, (start, stop) in zip(expr.args[0].shape, slice_bounds(attrs), strict=False):
+            yield start, 0
+            yield axis - stop, 0

@@ -81,11 +81,13 @@ def _guard(source: Source) -> Outline:
         _guard_size(len(source.text.encode("utf-8")))
     except UnicodeEncodeError as error:
         where = Span(source, error.start, error.start + 1)
-        refuse("E001", "half of a surrogate pair is no character", where)
+        message = "half of a surrogate pair is no character"
+        refuse("E001", message, where, hint="leave it out")
     whole = outline(source.text)
     deep = whole.too_deep(MAX_DEPTH)
     if deep is not None:
-        refuse("E002", f"nested deeper than {MAX_DEPTH}", Span(source, deep, deep + 1))
+        where = Span(source, deep, deep + 1)
+        refuse("E002", f"nested deeper than {MAX_DEPTH}", where, hint="name its parts with `let`")
     return whole
 
 

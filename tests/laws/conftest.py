@@ -29,7 +29,8 @@ class Net(nn.Module):
     def forward(self, tokens: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [...] to [..., 12], and an image [n, 6, h, w] to another."""
         hidden = torch.tanh(self.first(self.table(tokens)))
-        return self.last(torch.tanh(self.middle(hidden))), self.norm(self.grouped(self.image(image)))
+        hidden = torch.tanh(self.middle(hidden))
+        return self.last(hidden), self.norm(self.grouped(self.image(image)))
 
 
 MakeNet = Callable[[torch.dtype], nn.Module]

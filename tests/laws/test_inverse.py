@@ -28,7 +28,10 @@ METHODS = (
     "vera(r=5)",
     "oft(block_size=6)",
 )
-ADDS_BIAS = "method shift() on matrix { train t[out] = 0 b' = b + t }\nmatch * except table apply shift()"
+ADDS_BIAS = """
+method shift() on matrix { train t[out] = 0 b' = b + t }
+match * except table apply shift()
+"""
 NO_INVERSE = """
 method turn(r: int = 2) on matrix { train A[out, out] = eye(out) W' = A @ W + W }
 match * apply turn()

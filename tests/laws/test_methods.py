@@ -84,8 +84,8 @@ def conv2d(draw: Draw, needs: Needs) -> Layer:
 def conv2d_same(draw: Draw, needs: Needs) -> Layer:
     channels, fan_out = 3 * needs.fan_in, 5 * needs.fan_out
     mode = draw(st.sampled_from(["zeros", "reflect", "circular"]))
-    module = nn.Conv2d(channels, fan_out, (3, 5), padding="same", dilation=(2, 1), padding_mode=mode)
-    return Layer(module, torch.randn(2, channels, 7, 11))
+    conv = nn.Conv2d(channels, fan_out, (3, 5), padding="same", dilation=(2, 1), padding_mode=mode)
+    return Layer(conv, torch.randn(2, channels, 7, 11))
 
 
 def spread(layer: nn.Module) -> nn.Module:

@@ -1,0 +1,69 @@
+"""What a method says of a site: its parameters, how they begin, and its equations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from surgery.algebra.axes import Size
+from surgery.algebra.expr import (
+    BIAS,
+    CHANNELS,
+    IN,
+    INPUT,
+    OUT,
+    OUTPUT,
+    WEIGHT,
+    Expr,
+    Shape,
+)
+from surgery.errors import Span
+
+RESERVED = frozenset({"W", "b", "x", "y", "in", "out", "channels", "layer"})
+SIZES: Mapping[str, Size] = {"in": IN, "out": OUT, "channels": CHANNELS}
+SITE: Mapping[str, Expr] = {"W": WEIGHT, "b": BIAS, "x": INPUT, "y": OUTPUT}
+KINDS = ("matrix",)
+
+TARGETS: Mapping[str, tuple[str, Shape]] = {
+    "W": ("weight", WEIGHT.shape),
+    "b": ("bias", BIAS.shape),
+    "x": ("input", INPUT.shape),
+    "y": ("output", OUTPUT.shape),
+}
+"""For each name that an equation may define: its field in `Equations`, and its shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class Random:
+    """A random beginning: a distribution with its arguments; with a `seed` it can be redrawn."""
+
+    distribution: str
+    arguments: tuple[tuple[str, float], ...]
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A declared parameter: its shape, how it begins, whether it is trained and shared."""
+
+    name: str
+    shape: Shape
+    beginning: Random | Expr
+    trained: bool
+    shared: bool
+    span: Span = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Equations:
+    """The parameters in the order declared, and W', b', x', y' where they are given.
+
+    weight [out, in], bias [out], input [tokens, in], output [tokens, out]; None where the site's
+    own stays as it is.
+    """
+
+    parameters: tuple[Parameter, ...]
+    weight: Expr | None = None
+    bias: Expr | None = None
+    input: Expr | None = None
+    output: Expr | None = None

@@ -1,0 +1,85 @@
+"""What stands on a command line, read: specs, values, models and output folders."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from surgery.errors import refuse
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from surgery.language.syntax import Spec
+
+_LITERAL = re.compile(r"(?:^|\s)match\s")
+_TITLE = 60  # characters
+_NAME = re.compile(r"[A-Za-z_]\w*")
+
+
+def read_spec(argument: str) -> Spec:
+    """The spec in a file, or the argument itself if it is a `match` statement.
+
+    Raises ArtifactError (E501) if it is neither, SpecSyntaxError.
+    """
+    from surgery.language.parse import load, parse
+
+    if os.path.isfile(argument):  # a literal may be longer than a path can be
+        return load(argument)
+    if _LITERAL.search(argument):
+        return parse(argument)
+    what = "is a folder" if os.path.isdir(argument) else "does not exist"
+    refuse("E501", f"the spec `{title(argument)}` {what}", hint=_near_spec(Path(argument)))
+
+
+def title(argument: str) -> str:
+    """How a spec is called: a file by its path, a text by its beginning."""
+    whole = os.path.isfile(argument) or len(argument) <= _TITLE
+    return argument if whole else f"{argument[: _TITLE - 1]}…"
+
+
+def _near_spec(path: Path) -> str:
+    folder = path if os.path.isdir(path) else path.parent
+    names = sorted(p.name for p in folder.glob("*.peft")) if os.path.isdir(folder) else []
+    near = get_close_matches(path.name, names, 1) or names[:1]
+    if near:
+        return f"did you mean `{folder / near[0]}`?"
+    return "give a .peft file, or a text such as 'match /query|value/ apply METHOD(r=8)'"
+
+
+def parse_values(pairs: list[str]) -> dict[str, str]:
+    """`name=value` pairs as a mapping. A pair of another form, or a repeated name, is bad usage."""
+    values: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not _NAME.fullmatch(name):
+            raise typer.BadParameter(f"`{pair}` is not name=value", param_hint="--set")
+        if name in values:
+            raise typer.BadParameter(f"`{name}` is set twice", param_hint="--set")
+        values[name] = value
+    return values
+
+
+def read_model(reference: str, *, meta: bool, trust: bool) -> nn.Module:
+    """The model of a folder, a hub id or a factory. Raises ArtifactError."""
+    from surgery.integrations.transformers import PYTHON, load_model
+
+    if trust and reference.startswith(PYTHON):
+        # An installed command does not look for modules where it is run, and `python -m` does.
+        sys.path.insert(0, os.getcwd())
+    return load_model(reference, meta=meta, trust=trust)
+
+
+def check_output(directory: Path, force: bool) -> None:
+    """Refuse to write over what is there (E520), before any work is done."""
+    if directory.exists() and not directory.is_dir():
+        refuse("E520", f"`{directory}` is a file", hint="name a folder")
+    if directory.is_dir() and any(directory.iterdir()) and not force:
+        hint = "name another, or add --force to replace the adapter in it"
+        refuse("E520", f"the folder `{directory}` is not empty", hint=hint)
