@@ -90,7 +90,7 @@ def save_adapter(
     mapping = mapping_of(plan).of_adapter(adapter)
     form = NATIVE if isinstance(config, Reason) else config.format.name
     files: dict[str, Writer] = {
-        TENSORS: tensors_writer(mapping.rename(tensors, ADAPTED, form), {"surgery": form}),
+        TENSORS: tensors_writer(mapping.rename(tensors, ADAPTED, form), {}),
         SPEC: text_writer(spec_text(plan, adapter)),
         MAPPING: json_writer(_manifest(plan, adapter, mapping, config, seed)),
         INVERSE: json_writer(inverse_data(plan, adapter)),

@@ -5,23 +5,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from functools import lru_cache
-from itertools import product
 from typing import TypeVar
 
-from surgery.algebra import scalars
-from surgery.algebra.axes import Size, symbol
-from surgery.algebra.definitions import check_definition
-from surgery.algebra.scalars import Decide, Open, Scalars, undecided
-from surgery.errors import Diagnostic, Report, Span, SurgeryError, refuse
+from surgery.algebra.axes import symbol
+from surgery.algebra.definitions import check_arguments, check_definition
+from surgery.algebra.mentions import names as mentioned
+from surgery.algebra.scalars import Decide, Open, Scalars, did_you_mean, typed, undecided
+from surgery.algebra.ways import each_way
+from surgery.errors import Diagnostic, Report, Span, SurgeryError, error_of, refuse
 from surgery.language import syntax as ast
 from surgery.language.library import Library
 
+__all__ = [
+    "DEFAULT_ADAPTER",
+    "SITE_NAMES",
+    "Arguments",
+    "Names",
+    "Resolved",
+    "Values",
+    "arguments",
+    "findings",
+    "parse_value",
+    "resolve",
+    "site_dependent",
+    "typed",
+]
+
 DEFAULT_ADAPTER = "default"
 SITE_NAMES = ("layer", "in", "out", "channels")
+
+_MAX_FINDINGS = 100
+_MAX_APPLICATIONS = 64
 
 Values = Mapping[str, object]
 Arguments = tuple[tuple[str, object], ...]
@@ -49,35 +67,86 @@ class Resolved:
 
 @dataclass(frozen=True)
 class Names(Mapping[str, object]):
-    """Params, lets and what the site adds; a let is evaluated when it is asked for."""
+    """Params, lets and what the site adds; a let is evaluated when it is first asked for.
+
+    decide: what becomes of a condition that depends on what is not known.
+    """
 
     params: Mapping[str, object]
     lets: Mapping[str, ast.Let]
     site: Mapping[str, object] = field(default_factory=dict[str, object])
-    pending: tuple[str, ...] = ()
     decide: Decide = undecided
+    _known: dict[str, object] = field(
+        init=False, repr=False, compare=False, default_factory=dict[str, object]
+    )
 
     def __getitem__(self, name: str) -> object:
-        if name in self.site:
-            return self.site[name]
-        if name in self.params:
-            return self.params[name]
-        let = self.lets[name]
-        if name in self.pending:
-            circle = " -> ".join([*self.pending[self.pending.index(name) :], name])
-            refuse("E115", f"`{name}` is defined by itself: {circle}", let.span)
-        below = replace(self, pending=(*self.pending, name))
-        return Scalars(below, self.decide)(let.value)
+        """The value of a name. Raises KeyError; DefinitionError for a let that is wrong."""
+        for place in (self.site, self.params):
+            if name in place:
+                return place[name]
+        if name not in self.lets:
+            raise KeyError(name)
+        self._evaluate(name)
+        found = self._known[name]
+        if isinstance(found, SurgeryError):
+            raise found
+        return found
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is such a name; nothing is evaluated."""
+        return name in self.site or name in self.params or name in self.lets
 
     def __iter__(self) -> Iterator[str]:
-        return iter([*self.site, *self.params, *self.lets])
+        """All names, those of the site first."""
+        return iter(dict.fromkeys([*self.site, *self.params, *self.lets]))
 
     def __len__(self) -> int:
-        return len([*self])
+        """How many names there are."""
+        return sum(1 for _ in self)
 
     def at(self, site: Mapping[str, object]) -> Names:
         """The same names at a site, whose own names come first."""
         return replace(self, site=site)
+
+    def _evaluate(self, name: str) -> None:
+        """Evaluate a let, those it is made of first; a long chain of them needs no recursion."""
+        path = [name]
+        while path:
+            let = self.lets[path[-1]]
+            missing = [n for n in mentioned(let.value) if self._waits_for(n)]
+            circle = [n for n in missing if n in path]
+            if circle or not missing:
+                self._known[path.pop()] = (
+                    _circle(path, circle[0], let) if circle else self._value(let)
+                )
+            else:
+                path.append(missing[0])
+
+    def _waits_for(self, name: str) -> bool:
+        known = name in self.site or name in self.params or name in self._known
+        return not known and name in self.lets
+
+    def _value(self, let: ast.Let) -> object:
+        try:
+            return Scalars(self, self.decide)(let.value)
+        except SurgeryError as error:
+            return error
+
+
+def _circle(path: list[str], name: str, let: ast.Let) -> SurgeryError:
+    names = [*path[path.index(name) :], let.name] if name in path else [let.name]
+    circle = " -> ".join([*names, names[0]])
+    return error_of(
+        [
+            Diagnostic(
+                "E115",
+                f"`{let.name}` is defined by itself: {circle}",
+                let.span,
+                hint="define one of them by numbers and params alone",
+            )
+        ]
+    )
 
 
 def resolve(spec: ast.Spec, library: Library, values: Values | None = None) -> Resolved:
@@ -98,33 +167,78 @@ def findings(spec: ast.Spec, library: Library, values: Values | None = None) -> 
 def _resolve(spec: ast.Spec, library: Library, values: Values, report: Report) -> Resolved:
     extended = library.extended(spec)
     _check_duplicates(spec, report)
-    params = _params(spec, values, report)
     lets = {s.name: s for s in spec.statements if isinstance(s, ast.Let)}
-    names = Names(params, lets)
-    open_site = {name: symbol(name) for name in SITE_NAMES}
-    # What depends on the site is open here, so whatever it decides is tried both ways.
-    both = [replace(names.at(open_site), decide=decide) for decide in (_always, _never)]
-    for let, way in product(lets.values(), both):
-        _try(report, lambda let=let, way=way: way[let.name])
-    for method in _of_type(spec, ast.Method):
-        report.extend(check_definition(method))
+    names = Names(_params(spec, values, report), lets)
+    unsound: set[int] = set()
+    for method in _few(_of_type(spec, ast.Method), report):
+        problems = check_definition(method)
+        report.extend(problems)
+        unsound |= {id(method)} if problems else set()
     adapters = _adapters(spec)
-    for _, matches in adapters:
-        for match, way in product(matches, both):
-            _check_application(match.application, extended, way, report)
-    if not any(matches for _, matches in adapters):
+    matches = [match for _, some in adapters for match in some]
+    _check_names(names, _known_applications(matches, extended, report), unsound, report)
+    if not matches:
         _no_statement(spec, report)
     return Resolved(spec, extended, names, adapters)
 
 
-def _always(condition: ast.Expression) -> bool:
-    del condition
-    return True
+def _check_names(
+    names: Names,
+    applications: list[tuple[ast.Application, ast.Method]],
+    unsound: set[int],
+    report: Report,
+) -> None:
+    """Every let and every argument, with the site open and each condition on it both ways.
+
+    unsound: the methods that are wrong by themselves, by identity; at no arguments are they looked
+        at again.
+    """
+    open_site = {name: symbol(name) for name in SITE_NAMES}
+    checked: set[tuple[int, Arguments]] = set()
+
+    def run(decide: Decide) -> None:
+        here = replace(names, site=open_site, decide=decide)
+        for name in _few(here.lets, report):
+            _try(report, lambda name=name: here[name])
+        for application, method in _few(applications, report):
+            given = _try(report, lambda a=application, m=method: arguments(a, m, here))
+            key = (id(method), given or ())
+            if given is None or id(method) in unsound or key in checked:
+                continue
+            if len(checked) < _MAX_APPLICATIONS:
+                checked.add(key)
+                report.extend(_unfit(application, method, given))
+
+    each_way(run)
 
 
-def _never(condition: ast.Expression) -> bool:
-    del condition
-    return False
+def _unfit(
+    application: ast.Application, method: ast.Method, given: Arguments
+) -> Iterator[Diagnostic]:
+    """What is wrong with a method at these arguments, underlined where they are given."""
+    keywords = {k.name: k.span for k in application.arguments}
+    for found in check_arguments(method, dict(given)):
+        said = [] if found.span is None else re.findall(r"\w+", found.span.text)
+        places = [keywords[name] for name in dict.fromkeys(said) if name in keywords]
+        yield _moved(found, places[0] if len(places) == 1 else application.span)
+
+
+def _moved(found: Diagnostic, place: Span) -> Diagnostic:
+    related = found.related
+    if found.span is not None:
+        related = (*related, (found.label or "needed here", found.span))
+    return replace(found, span=place, label="", related=related)
+
+
+T = TypeVar("T")
+
+
+def _few(items: Iterable[T], report: Report) -> Iterator[T]:
+    """The items, until there are more findings than anyone reads."""
+    for item in items:
+        if len(report.found) >= _MAX_FINDINGS:
+            return
+        yield item
 
 
 def _no_statement(spec: ast.Spec, report: Report) -> None:
@@ -151,9 +265,6 @@ def _adapters(spec: ast.Spec) -> tuple[tuple[str, tuple[ast.Match, ...]], ...]:
     return tuple((name, tuple(matches)) for name, matches in found.items())
 
 
-T = TypeVar("T")
-
-
 def _of_type(spec: ast.Spec, cls: type[T]) -> list[T]:
     return [s for s in spec.statements if isinstance(s, cls)]
 
@@ -173,21 +284,29 @@ def _check_duplicates(spec: ast.Spec, report: Report) -> None:
                 "E107",
                 f"{key[0]} `{statement.name}` is defined twice",
                 statement.span,
+                hint="use another name",
                 related=(("first here", seen[key]),),
             )
         seen[key] = statement.span
         if key[0] == "name" and statement.name in SITE_NAMES:
-            report.error("E106", f"`{statement.name}` is the site's own name", statement.span)
+            report.error(
+                "E106",
+                f"`{statement.name}` is the site's own name",
+                statement.span,
+                hint="use another name",
+            )
 
 
 # -------------------------------------------------------------------------------- params
 
 
+_VALUES = "values are numbers, texts and truths"
+
+
 def _params(spec: ast.Spec, values: Values, report: Report) -> dict[str, object]:
     declared = {p.name: p for p in _of_type(spec, ast.Param)}
     for name in values.keys() - declared.keys():
-        near = get_close_matches(name, declared, 1)
-        hint = f"did you mean `{near[0]}`?" if near else "declare it: `param name: int = 8`"
+        hint = did_you_mean(name, declared) or f"declare it: `param {name}: int = 8`"
         report.error("E117", f"the spec has no param `{name}`", hint=hint)
     params: dict[str, object] = {}
     for name, param in declared.items():
@@ -203,6 +322,9 @@ def _params(spec: ast.Spec, values: Values, report: Report) -> dict[str, object]
 def _param(param: ast.Param, values: Values, known: Mapping[str, object]) -> object:
     if param.name in values:
         given = values[param.name]
+        if not isinstance(given, str | int | float):
+            shown = type(given).__name__
+            refuse("E119", f"`{param.name}` is given a {shown}", param.span, hint=_VALUES)
         value = parse_value(given, param) if isinstance(given, str) else given
     elif param.default is None:
         refuse("E118", f"`{param.name}` needs a value", param.span, hint=f"--set {param.name}=…")
@@ -222,59 +344,42 @@ def parse_value(text: str, param: ast.Param) -> object:
             return convert(text)
         except ValueError:
             continue
-    refuse("E119", f"`{text}` is not a value for `{param.name}: {param.type}`", param.span)
-
-
-def typed(value: object, wanted: ast.ValueType, name: str, span: Span) -> object:
-    """The value, if it is of the type; an int counts as a float. Raises DefinitionError."""
-    plain = scalars.plain(value)
-    if isinstance(plain, Open | Size):
-        return plain
-    accepts: Mapping[str, tuple[type, ...]] = {
-        "int": (int,),
-        "float": (int, float),
-        "text": (str,),
-        "bool": (bool,),
-    }
-    boolean = isinstance(plain, bool) and wanted != "bool"
-    if isinstance(plain, accepts[wanted]) and not boolean:
-        return float(plain) if wanted == "float" and isinstance(plain, int | float) else plain
+    hint = "write true or false" if param.type == "bool" else "write a number"
     refuse(
-        "E119",
-        f"`{name}` is {_article(wanted)} {wanted}, and {_shown(plain)} is {scalars.kind(plain)}",
-        span,
+        "E119", f"`{text}` is not a value for `{param.name}: {param.type}`", param.span, hint=hint
     )
-
-
-def _article(word: str) -> str:
-    return "an" if word[0] in "aeiou" else "a"
-
-
-def _shown(value: object) -> str:
-    return f'"{value}"' if isinstance(value, str) else str(value)
 
 
 # -------------------------------------------------------------------------------- arguments
 
 
-def _check_application(
-    application: ast.Application, library: Library, names: Names, report: Report
-) -> None:
-    method = library.method(application.method)
-    if method is None:
-        near = get_close_matches(application.method, library.names(), 1)
-        report.error(
-            "E121",
-            f"unknown method `{application.method}`",
-            application.span,
-            label=f"did you mean `{near[0]}`?" if near else "",
-            hint=f"there are: {', '.join(library.names())}",
-        )
-        return
-    problems = list(_signature_problems(application, method))
-    report.extend(problems)
-    if not problems:
-        _try(report, lambda: arguments(application, method, names))
+def _known_applications(
+    matches: Iterable[ast.Match], library: Library, report: Report
+) -> list[tuple[ast.Application, ast.Method]]:
+    """The applications whose method and argument names are known."""
+    found: list[tuple[ast.Application, ast.Method]] = []
+    for match in _few(matches, report):
+        application = match.application
+        method = library.method(application.method)
+        if method is None:
+            _unknown_method(application, library, report)
+            continue
+        problems = [*_signature_problems(application, method)]
+        report.extend(problems)
+        if not problems:
+            found.append((application, method))
+    return found
+
+
+def _unknown_method(application: ast.Application, library: Library, report: Report) -> None:
+    name = application.method
+    report.error(
+        "E121",
+        f"unknown method `{name}`",
+        application.span.within(0, len(name)),
+        label=did_you_mean(name, library.names()),
+        hint=f"there are: {', '.join(library.names())}",
+    )
 
 
 def _signature_problems(application: ast.Application, method: ast.Method) -> Iterable[Diagnostic]:
@@ -282,16 +387,17 @@ def _signature_problems(application: ast.Application, method: ast.Method) -> Ite
     seen: set[str] = set()
     for keyword in application.arguments:
         if keyword.name not in known:
-            near = get_close_matches(keyword.name, known, 1)
             yield Diagnostic(
                 "E122",
                 f"{method.name}() has no argument `{keyword.name}`",
-                keyword.span,
-                f"did you mean `{near[0]}`?" if near else "",
+                keyword.span.within(0, len(keyword.name)),
+                did_you_mean(keyword.name, known),
                 f"it has: {', '.join(known) or 'none'}",
             )
         if keyword.name in seen:
-            yield Diagnostic("E107", f"`{keyword.name}` is given twice", keyword.span)
+            yield Diagnostic(
+                "E107", f"`{keyword.name}` is given twice", keyword.span, hint="leave one out"
+            )
         seen.add(keyword.name)
     for name, argument in known.items():
         if argument.default is None and name not in seen:
@@ -322,28 +428,12 @@ def arguments(application: ast.Application, method: ast.Method, names: Names) ->
 def site_dependent(application: ast.Application, lets: tuple[str, ...]) -> bool:
     """Whether an argument may differ from site to site; a let is taken to be able to."""
     watched = {*SITE_NAMES, *lets}
-    return any(_mentions(k.value, watched) for k in application.arguments)
+    return any(not watched.isdisjoint(mentioned(k.value)) for k in application.arguments)
 
 
-def _mentions(expr: ast.Expression, watched: set[str]) -> bool:
-    match expr:
-        case ast.Name():
-            return expr.id in watched
-        case ast.Unary():
-            return _mentions(expr.operand, watched)
-        case ast.Binary():
-            return _mentions(expr.left, watched) or _mentions(expr.right, watched)
-        case ast.Conditional():
-            return any(_mentions(e, watched) for e in (expr.then, expr.condition, expr.other))
-        case ast.Call():
-            return any(_mentions(a, watched) for a in expr.arguments)
-        case _:
-            return False
-
-
-def _try(report: Report, compute: object) -> None:
-    assert callable(compute)
+def _try(report: Report, compute: Callable[[], T]) -> T | None:
     try:
-        compute()
+        return compute()
     except SurgeryError as error:
         report.extend(error.diagnostics)
+        return None

@@ -20,13 +20,13 @@ class Source:
 
     def position(self, offset: int) -> tuple[int, int]:
         """The line and column (both from 1) of a character offset."""
-        before = self.text[:offset]
-        return before.count("\n") + 1, offset - (before.rfind("\n") + 1) + 1
+        return self.text.count("\n", 0, offset) + 1, offset - self.text.rfind("\n", 0, offset)
 
-    def line(self, number: int) -> str:
-        """The text of line `number` (from 1), without its end."""
-        lines = self.text.splitlines()
-        return lines[number - 1] if number <= len(lines) else ""
+    def line_at(self, offset: int) -> str:
+        """The text of the line in which an offset lies, without its end."""
+        start = self.text.rfind("\n", 0, offset) + 1
+        end = self.text.find("\n", offset)
+        return self.text[start : end if end >= 0 else len(self.text)].rstrip("\r")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,7 @@ class Span:
         return Span(self.source, self.start + start, self.start + end)
 
     def __str__(self) -> str:
+        """Where it begins, as `file:line:column`."""
         line, column = self.source.position(self.start)
         return f"{self.source.name}:{line}:{column}"
 
@@ -67,6 +68,7 @@ class Diagnostic:
     severity: Severity = "error"
 
     def __str__(self) -> str:
+        """The finding with the source line it is about, underlined."""
         parts = [f"{self.severity}[{self.code}]: {self.message}"]
         if self.span is not None:
             parts += _excerpt(self.span, self.label)
@@ -77,7 +79,11 @@ class Diagnostic:
         return "\n".join(parts)
 
     def as_json(self) -> dict[str, object]:
-        """The finding as plain data; `span` is null or has file, line, column, end_line, end_column."""
+        """The finding as plain data.
+
+        `span` is null or has file, line, column, end_line and end_column; `related` are notes, each
+        with a span.
+        """
         return {
             "code": self.code,
             "severity": self.severity,
@@ -101,13 +107,16 @@ def _span_json(span: Span) -> dict[str, object]:
     }
 
 
+_WIDEST = 120
+
+
 def _excerpt(span: Span, label: str) -> list[str]:
     line, column = span.source.position(span.start)
-    text = span.source.line(line)
-    width = max(1, min(span.end - span.start, len(text) - column + 1))
+    text, at = _window(span.source.line_at(span.start), column - 1)
+    width = max(1, min(span.end - span.start, len(text) - at))
     gutter = " " * len(str(line))
     # Tabs are kept in the margin so that the underline stands where the source does.
-    margin = "".join("\t" if c == "\t" else " " for c in text[: column - 1])
+    margin = "".join("\t" if c == "\t" else " " for c in text[:at])
     return [
         f"{gutter} ┌─ {span}",
         f"{line} │ {text}",
@@ -115,14 +124,30 @@ def _excerpt(span: Span, label: str) -> list[str]:
     ]
 
 
+def _window(text: str, at: int) -> tuple[str, int]:
+    """A line that a screen has room for, and where an offset of the whole line is in it."""
+    if len(text) <= _WIDEST:
+        return text, at
+    start = max(0, min(at - _WIDEST // 4, len(text) - _WIDEST))
+    before, after = "…" * (start > 0), "…" * (start + _WIDEST < len(text))
+    return f"{before}{text[start : start + _WIDEST]}{after}", at - start + len(before)
+
+
+_SHOWN = 30
+
+
 class SurgeryError(Exception):
     """The root of everything this package raises on purpose; holds one or more diagnostics."""
 
     def __init__(self, diagnostics: Iterable[Diagnostic]) -> None:
+        """Hold some diagnostics; the message shows the first of them."""
         self.diagnostics = tuple(diagnostics)
-        super().__init__("\n\n".join(str(d) for d in self.diagnostics))
+        shown = [str(d) for d in self.diagnostics[:_SHOWN]]
+        more = len(self.diagnostics) - len(shown)
+        super().__init__("\n\n".join([*shown, *([f"and {more} more"] if more else [])]))
 
     def __reduce__(self) -> tuple[type[SurgeryError], tuple[tuple[Diagnostic, ...]]]:
+        """As the call that makes it."""
         return type(self), (self.diagnostics,)
 
 
@@ -179,6 +204,7 @@ class Report:
     """Findings as they come in; `stop` raises them all together, if any is an error."""
 
     found: list[Diagnostic] = field(default_factory=list[Diagnostic])
+    _seen: set[Diagnostic] = field(default_factory=set[Diagnostic], init=False, repr=False)
 
     def error(
         self,
@@ -215,5 +241,6 @@ class Report:
             raise error_of(self.found)
 
     def _keep(self, diagnostic: Diagnostic) -> None:
-        if diagnostic not in self.found:
+        if diagnostic not in self._seen:
+            self._seen.add(diagnostic)
             self.found.append(diagnostic)

@@ -21,8 +21,6 @@ from surgery.errors import refuse
 Writer = Callable[[Path], None]
 """Writes one file at the path it is given."""
 
-_SaveFile = Callable[[dict[str, Tensor], str, dict[str, str]], None]
-
 MAX_JSON = 256 * 1024 * 1024
 
 
@@ -163,8 +161,8 @@ def tensors_writer(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -
     def write(path: Path) -> None:
         import safetensors.torch as files
 
-        save = cast(_SaveFile, vars(files)["save_file"])  # its stub is not fully typed
-        save(ready, str(path), {"format": "pt", **metadata})
+        # `save_file` would make the file readable for its owner alone, whatever the umask says.
+        path.write_bytes(files.save(ready, {"format": "pt", **metadata}))
 
     return write
 

@@ -251,9 +251,9 @@ def _product(left: Monomial, right: Monomial) -> Monomial:
 def _reciprocal(value: Size) -> Size:
     if not value.terms:
         raise ZeroDivisionError("division by zero")
-    if len(value.terms) > 1:
+    (monomial, coefficient), *more = value.terms
+    if more:
         return function("reciprocal", value)
-    monomial, coefficient = value.terms[0]
     return Size(((tuple((a, -e) for a, e in monomial), 1 / coefficient),))
 
 

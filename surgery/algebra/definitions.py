@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 
 from surgery.algebra.axes import symbol
 from surgery.algebra.elaborate import Elaborator
@@ -14,7 +13,7 @@ from surgery.algebra.ops import through
 from surgery.algebra.rules import make
 from surgery.algebra.scalars import Decide, Open, Scalars, did_you_mean, typed
 from surgery.algebra.ways import MAX_WAYS, each_way
-from surgery.errors import Diagnostic, Report, Span, SurgeryError
+from surgery.errors import Diagnostic, Report, SurgeryError
 from surgery.language import syntax as ast
 
 
@@ -35,23 +34,11 @@ def check_definition(method: ast.Method) -> tuple[Diagnostic, ...]:
     return tuple(report.found)
 
 
-def check_arguments(
-    method: ast.Method, arguments: Mapping[str, object], place: Span
-) -> tuple[Diagnostic, ...]:
-    """What is wrong with a sound definition at these arguments, some of which may be open.
-
-    place: where they are given; it is underlined, and the definition is shown beside it.
-    """
+def check_arguments(method: ast.Method, arguments: Mapping[str, object]) -> tuple[Diagnostic, ...]:
+    """What is wrong with a sound definition at these arguments, some of which may be open."""
     report = Report()
     _check_ways(method, arguments, report)
-    return tuple(_given_at(place, d) for d in report.found)
-
-
-def _given_at(place: Span, diagnostic: Diagnostic) -> Diagnostic:
-    related = diagnostic.related
-    if diagnostic.span is not None:
-        related = (*related, (diagnostic.label or "needed here", diagnostic.span))
-    return replace(diagnostic, span=place, label="", related=related)
+    return tuple(report.found)
 
 
 def _check_signature(method: ast.Method, report: Report) -> None:

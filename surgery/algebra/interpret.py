@@ -202,7 +202,7 @@ class Interpreter(Evaluator):
         return Vector(y, narrow=True, offset=make("neg", BIAS) if self.has_bias else None)
 
     def features(self, v: Vector) -> Vector | None:
-        """The vector with its features last; None for an input that only a whole matrix can read."""
+        """The vector with its features last; None for what only a whole matrix can read."""
         if not v.raw:
             return v
         if self.port.form != "features":
@@ -274,7 +274,7 @@ class Interpreter(Evaluator):
         return replace(v, tensor=v.tensor + self.value(v.offset), offset=None)
 
     def _plain(self, v: Vector) -> Vector:
-        """The vector as features, at the price of an identity matrix where the input is restricted."""
+        """The vector as features, at the price of an identity matrix where it must be read."""
         if not v.raw:
             return v
         return self.features(v) or self._dense(make("eye", size=WEIGHT.shape[1]), v)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping
 
 from surgery.algebra.scalars import Decide
@@ -16,17 +17,18 @@ def each_way(run: Callable[[Decide], None], most: int = MAX_WAYS) -> bool:
     """Run once for each way of deciding what is open; False if there are more than `most`.
 
     A condition has one answer in a run, and two equations of one name with different texts or
-    numbers are never both taken to hold.
+    numbers are never both taken to hold. The first run takes every condition to hold; those that
+    take one alone not to hold come next, so that no branch waits long for its turn.
     """
-    pending: list[Facts] = [{}]
+    pending: deque[Facts] = deque([{}])
     for _ in range(most):
         if not pending:
             return True
-        run(_decider(pending.pop(), pending))
+        run(_decider(pending.popleft(), pending))
     return not pending
 
 
-def _decider(facts: Facts, pending: list[Facts]) -> Decide:
+def _decider(facts: Facts, pending: deque[Facts]) -> Decide:
     taken = dict(facts)
 
     def decide(condition: ast.Expression) -> bool:

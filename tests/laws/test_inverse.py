@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import surgery
 from surgery.errors import StateError
+from surgery.model.holder import modules_of
 
 METHODS = (
     "lora(r=5, alpha=7, dropout=0.1)",
@@ -60,9 +61,7 @@ def everything(model: nn.Module) -> dict[str, Any]:
             for n, t in tensors.items()
         },
         "parameters": [n for n, _ in model.named_parameters()],
-        "modules": [
-            (n, id(m), type(m), m.training, sorted(vars(m))) for n, m in model.named_modules()
-        ],
+        "modules": [(n, id(m), type(m), m.training, sorted(vars(m))) for n, m in modules_of(model)],
     }
 
 

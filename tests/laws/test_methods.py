@@ -17,6 +17,9 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 import surgery
+from surgery.model.holder import parameters_of
+
+untyped = cast(Any, torch)  # for calls whose stubs are not fully typed
 
 PRIMES = (5, 7, 11, 13)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -121,7 +124,7 @@ def scaling(a: Arguments) -> float:
 
 def dora(w: Tensor, p: Parameters, a: Arguments) -> Tensor:
     direction = lora(w, p, a)
-    return (p["m"] / direction.norm(dim=1).detach())[:, None] * direction
+    return (p["m"] / direction.square().sum(1).sqrt().detach())[:, None] * direction
 
 
 def bone(w: Tensor, p: Parameters, a: Arguments) -> Tensor:
@@ -161,8 +164,8 @@ def oft(w: Tensor, p: Parameters, a: Arguments) -> Tensor:
         q = torch.zeros(size, size).double()
         q[tuple(torch.triu_indices(size, size, 1))] = v
         q = q - q.t()
-        blocks.append((one - q) @ torch.linalg.inv(one + q))
-    return w @ torch.block_diag(*blocks).t()
+        blocks.append((one - q) @ cast(Tensor, untyped.linalg.inv(one + q)))
+    return w @ cast(Tensor, untyped.block_diag(*blocks)).t()
 
 
 def ia3(w: Tensor, p: Parameters, a: Arguments) -> Tensor:
@@ -223,7 +226,7 @@ class Model(nn.Module):
 
 @st.composite
 def models(draw: st.DrawFn, kind: str, needs: Needs) -> tuple[Model, Tensor]:
-    torch.manual_seed(draw(st.integers(0, 1000)))
+    untyped.manual_seed(draw(st.integers(0, 1000)))
     layer = KINDS[kind](cast(Draw, draw), needs)
     dtype = draw(st.sampled_from(DTYPES))
     x = layer.x.to(dtype) if layer.x.is_floating_point() else layer.x
@@ -273,7 +276,10 @@ def by_hand(compiled: surgery.Compiled, base: Model) -> ByHand:
         for name, tensor in compiled.parameters().items()
     }
     layer = copy.deepcopy(base.site).double().requires_grad_(False)
-    weight, bias = cast(Tensor, layer.weight), cast("Tensor | None", layer._parameters.get("bias"))
+    weight, bias = (
+        cast(Tensor, layer.weight),
+        cast("Tensor | None", parameters_of(layer).get("bias")),
+    )
     turned = isinstance(layer, Conv1D | nn.Embedding)
     matrix = weight.t() if turned else weight.flatten(1)
     new = REFERENCES[form.method.name](matrix, leaves, arguments)
@@ -286,7 +292,7 @@ def by_hand(compiled: surgery.Compiled, base: Model) -> ByHand:
         scales_bias = form.method.name == "ia3" and arguments["side"] == "out"
         weights["bias"] = leaves["l"] * bias if scales_bias else bias
         bounds["bias"] = bias.abs() + weights["bias"].detach().abs()
-    shaped = {n: t.reshape(cast(Tensor, layer._parameters[n]).shape) for n, t in weights.items()}
+    shaped = {n: t.reshape(cast(Tensor, parameters_of(layer)[n]).shape) for n, t in weights.items()}
     limits = {n: t.reshape(shaped[n].shape) for n, t in bounds.items()}
     return ByHand(layer, leaves, shaped, limits)
 
@@ -337,7 +343,7 @@ def test_the_merged_weight_is_rounded_once(call: str, kind: str, data: st.DataOb
     wanted = by_hand(compiled, base).weights
     compiled.inverse.merge()
     for name, tensor in wanted.items():
-        merged = cast(Tensor, model.site._parameters[name])
+        merged = cast(Tensor, parameters_of(model.site)[name])
         # Half a unit in the last place, and what float64 itself leaves open.
         half = 0.5 * torch.finfo(merged.dtype).eps * tensor.abs() + 1e-12
         assert ((merged.double() - tensor).abs() <= half).all()
@@ -357,8 +363,8 @@ def test_gradients_are_those_of_the_equation(call: str, kind: str, data: st.Data
     inputs = [x.detach().clone().requires_grad_()] if x.is_floating_point() else []
     y = model(inputs[0] if inputs else x)
     direction = torch.rand(y.shape, generator=torch.Generator().manual_seed(7)) - 0.5
-    y.backward(direction.to(y.dtype))
-    hand.output(x).backward(direction.double())
+    untyped.autograd.backward(y, direction.to(y.dtype))
+    untyped.autograd.backward(hand.output(x), direction.double())
     assert cast(Tensor, base.site.weight).grad is None
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
@@ -384,12 +390,12 @@ def test_dropout_has_the_expectation_of_evaluation(
     nudge(compiled)
     wanted = model.eval()(x[:1])
     many = x[:1].expand(2000, *x.shape[1:]).contiguous()
-    torch.manual_seed(11)
+    untyped.manual_seed(11)
     seen = model.train()(many)
     off = (seen.mean(0) - wanted[0]).abs()
     assert (off <= 6 * seen.std(0) / math.sqrt(len(many)) + 1e-9).all()
     assert seen.std(0).max() > 0.01
-    torch.manual_seed(11)
+    untyped.manual_seed(11)
     assert torch.equal(seen, model(many))
 
 
