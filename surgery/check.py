@@ -87,7 +87,8 @@ class Names(Mapping[str, object]):
                 return place[name]
         if name not in self.lets:
             raise KeyError(name)
-        self._evaluate(name)
+        if name not in self._known:
+            self._evaluate(name)
         found = self._known[name]
         if isinstance(found, SurgeryError):
             raise found

@@ -86,7 +86,8 @@ class SiteClass:
 def _equation(derived: Derived) -> str:
     merged, equations = derived.still, derived.equations
     if merged is None:
-        given = (("x'", equations.input), ("y'", equations.output))
+        weights = (("W'", equations.weight), ("b'", equations.bias))
+        given = (*weights, ("x'", equations.input), ("y'", equations.output))
         return ", ".join(f"{name} = {render(e)}" for name, e in given if e is not None)
     parts = [] if merged.weight.op == "weight" else [f"W' = {render(merged.weight)}"]
     if merged.bias.op not in ("bias", "zeros"):
@@ -188,6 +189,7 @@ class Plan:
             yield prod(shared.shape), shared.parameter.trained, shared.dtype
 
     def __str__(self) -> str:
+        """The table: a row a site, then the equations, then the totals."""
         return _table(self)
 
     def as_json(self) -> dict[str, object]:
@@ -237,17 +239,18 @@ def _arguments(site: PlannedSite) -> str:
 
 
 def _equations(plan: Plan) -> list[str]:
-    lines: dict[str, None] = {}
-    for site in plan.sites:
-        form = site.form
-        note = form.derived.reason or _MERGE_NOTES[form.derived.merge_class]
-        lines[f"{form.method.name}: {form.equation}"] = None
-        lines[f"  {form.derived.merge_class}: {note}"] = None
-        if _adds_bias(site):
-            lines[
-                f"  {form.method.name} adds a bias to layers that have none when it is merged"
-            ] = None
-    return list(lines)
+    told = dict.fromkeys(tuple(_told(site)) for site in plan.sites)
+    return [line for lines in told for line in lines]
+
+
+def _told(site: PlannedSite) -> Iterator[str]:
+    """A method's equation at a site, and what follows from it."""
+    form = site.form
+    note = form.derived.reason or _MERGE_NOTES[form.derived.merge_class]
+    yield f"{form.method.name}: {form.equation}"
+    yield f"  {form.derived.merge_class}: {note}"
+    if _adds_bias(site):
+        yield f"  {form.method.name} adds a bias to layers that have none when it is merged"
 
 
 def _adds_bias(site: PlannedSite) -> bool:

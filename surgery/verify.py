@@ -54,9 +54,10 @@ class Verification:
         return {**asdict(self), "passed": self.passed}
 
     def __str__(self) -> str:
+        """The findings as sentences."""
         lines = [
-            f"{self.sites} sites were adapted; before training the output moved by {self.start:.2g}.",
-            f"With its parameters moved, the adapter changes the output by up to {self.effect:.2g}.",
+            f"{self.sites} sites were adapted; at first the output moved by {self.start:.2g}.",
+            f"With parameters moved, the adapter changes the output by up to {self.effect:.2g}.",
         ]
         if self.mergeable:
             lines.append(

@@ -21,12 +21,16 @@ from surgery.state import Undo
 untyped = cast(Any, torch)  # for calls whose stubs are not fully typed
 
 
-class Odd(nn.Linear):
-    """A layer with a forward of its own."""
+class Odd(nn.Module):
+    """A layer with a weight, and a forward that nobody knows."""
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name is torch's
-        """Twice the layer."""
-        return 2 * super().forward(input)
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(13, 13))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., 13] to the same."""
+        return 2 * x @ self.weight
 
 
 class Block(nn.Module):
@@ -50,7 +54,7 @@ class Model(nn.Module):
         self.table = nn.Embedding(17, 13)
         self.layers = nn.ModuleList([Block() for _ in range(3)])
         self.gate = nn.Linear(13, 13)
-        self.odd = Odd(13, 13)
+        self.odd = Odd()
         self.head = nn.Linear(13, 17, bias=False)
         self.head.weight = self.table.weight
         self.odd.weight.requires_grad_(False)
@@ -99,8 +103,8 @@ SITE = "match /q_proj/ in layers[*] "
 BAD: dict[str, tuple[str, set[str], str]] = {
     "only a name": ("param p: int = 3", {"E116"}, ""),
     "half a statement": ("match", {"E003"}, ""),
-    "an unknown method": (SITE + "apply lorra()", {"E121"}, "lorra()"),
-    "an unknown argument": (SITE + "apply lora(rr=3)", {"E122"}, "rr=3"),
+    "an unknown method": (SITE + "apply lorra()", {"E121"}, "lorra"),
+    "an unknown argument": (SITE + "apply lora(rr=3)", {"E122"}, "rr"),
     "a text for a number": (SITE + 'apply lora(r="8")', {"E119"}, 'r="8"'),
     "half a rank": (SITE + "apply lora(r=2.5)", {"E119"}, "r=2.5"),
     "rank zero": (SITE + "apply lora(r=0)", {"E111"}, ""),

@@ -208,7 +208,8 @@ def _positive(length: Size, span: Span) -> None:
     if value is not None and (value < 1 or value.denominator != 1):
         shown = scalars.plain(length)
         said = "" if span.text == str(shown) else f", and `{span.text}` is {shown}"
-        refuse("E111", f"a size must be a whole number from 1 on{said}", span)
+        message = f"a size must be a whole number from 1 on{said}"
+        refuse("E111", message, span, hint="make it 1, 2, 3, …")
 
 
 # --------------------------------------------------------------------- signatures and definitions

@@ -7,7 +7,7 @@ kept, and a walk with a memo is linear.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 from weakref import WeakValueDictionary
 
@@ -22,7 +22,7 @@ OUT: Final = symbol("out")
 CHANNELS: Final = symbol("channels")
 
 
-@dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
+@dataclass(frozen=True, eq=False, slots=True, weakref_slot=True, repr=False)
 class Expr:
     """`op(args; attrs)` of some shape. Made by `node`, never directly.
 
@@ -32,8 +32,8 @@ class Expr:
     op: str
     args: tuple[Expr, ...]
     attrs: tuple[tuple[str, Attribute], ...]
-    shape: Shape = field(repr=False)
-    depth: int = field(repr=False)
+    shape: Shape
+    depth: int
 
     def attr(self, name: str) -> Attribute:
         """A constant by name; KeyError if it has none of that name."""
@@ -54,6 +54,10 @@ class Expr:
     def is_activation(self) -> bool:
         """Whether it varies from token to token."""
         return bool(self.shape) and self.shape[0] == TOKENS
+
+    def __repr__(self) -> str:
+        """As text of bounded length; that of all fields would repeat what is shared."""
+        return f"<Expr {render(self)}>"
 
     def __reduce__(self) -> tuple[Callable[..., Expr], tuple[object, ...]]:
         """As the call that makes it, so that it is interned where it is read."""

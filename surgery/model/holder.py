@@ -8,8 +8,8 @@ computation runs, its parameters remain the objects that an optimizer knows, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import cast
+from collections.abc import Callable, Iterator
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,19 @@ class Holder(nn.Module):
                 pass
             case _:
                 super().__setattr__(name, cast(Tensor, value))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or cast the tensors; what is on meta stays there until it is begun.
+
+        Elsewhere it would be memory that nothing was written to (`to_empty`).
+        """
+
+        def moved(tensor: Tensor) -> Tensor:
+            made = fn(tensor)
+            return tensor if tensor.is_meta and not made.is_meta else made
+
+        applied = cast(Any, super())._apply(moved, recurse)  # its stub is not fully typed
+        return cast(Self, applied)
 
     def _take_back(self, device: torch.device | str | int | None) -> None:
         """Hold the tensors again that were held before a hook came, on the hook's device."""

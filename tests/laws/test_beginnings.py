@@ -82,14 +82,26 @@ def test_another_dtype_rounds_the_same_draw(make_net: MakeNet) -> None:
         assert torch.equal(tensor.double(), wide[name])
 
 
+def assigned(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    model.load_state_dict(weights, strict=False, assign=True)
+
+
+def emptied_and_filled(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    model.to_empty(device="cpu")
+    model.load_state_dict(weights, strict=False)
+
+
+@pytest.mark.parametrize("load", [assigned, emptied_and_filled])
 @pytest.mark.parametrize("statement", STATEMENTS)
-def test_a_model_on_meta_begins_as_a_real_one(statement: str, make_net: MakeNet) -> None:
+def test_a_model_on_meta_begins_as_a_real_one(
+    statement: str, load: Callable[[nn.Module, dict[str, Tensor]], None], make_net: MakeNet
+) -> None:
     real = make_net(torch.float32)
     later = copy.deepcopy(real).to("meta")
     wanted = adapters(statement, copy.deepcopy(real))
     compiled = surgery.compile(statement, later)
     assert all(t.is_meta for t in compiled.parameters().values())
-    later.load_state_dict(real.state_dict(), strict=False, assign=True)
+    load(later, real.state_dict())
     compiled.materialize()
     assert same(compiled.parameters(), wanted)
     flags = {n: p.requires_grad for n, p in later.named_parameters() if "surgery" in n}

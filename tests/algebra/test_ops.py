@@ -1,0 +1,329 @@
+"""Every operator by itself: its value against plain torch, its shape rule, its inverse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from einops import rearrange, reduce, repeat
+from torch import Tensor
+from torch.nn import functional as F
+
+from surgery.algebra import shapes
+from surgery.algebra.axes import Size, size, symbol
+from surgery.algebra.cost import numbers
+from surgery.algebra.expr import (
+    BIAS,
+    CHANNELS,
+    IN,
+    OUT,
+    WEIGHT,
+    Expr,
+    Shape,
+    node,
+    number,
+    parameter,
+    zeros,
+)
+from surgery.algebra.interpret import Domain, Evaluator
+from surgery.algebra.ops import OPS, through
+from surgery.algebra.rules import make
+from surgery.algebra.shapes import Mismatch
+
+SITE = {"in": 6, "out": 15, "channels": 2}
+linalg: Any = torch.linalg
+
+
+def tensor(shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5
+
+
+def p(name: str, *shape: int | Size) -> Expr:
+    return parameter(name, tuple(map(size, shape)))
+
+
+def leaf(expr: Expr) -> Tensor:
+    name = expr.text("name") if expr.op == "parameter" else expr.op
+    return tensor(numbers(expr, SITE), sum(map(ord, name)))
+
+
+def value(expr: Expr, leaves: Callable[[Expr], Tensor] = leaf) -> Tensor:
+    domain = Domain(SITE, leaves, lambda: torch.zeros((), dtype=torch.float64))
+    return Evaluator(domain).value(expr)
+
+
+def skewed(v: Tensor, n: int) -> Tensor:
+    square = torch.zeros((*v.shape[:-1], n, n), dtype=v.dtype)
+    at = 0
+    for i in range(n):
+        for j in range(i + 1, n):
+            square[..., i, j] = v[..., at]
+            square[..., j, i] = -v[..., at]
+            at += 1
+    return square
+
+
+def turned(q: Tensor) -> Tensor:
+    one = torch.eye(q.shape[-1], dtype=q.dtype)
+    return (one - q) @ linalg.inv(one + q)
+
+
+def reflection(u: Tensor) -> Tensor:
+    return torch.eye(len(u), dtype=u.dtype) - 2 * torch.outer(u, u) / u.dot(u)
+
+
+A, B, C = p("A", OUT, 3), p("B", 3, IN), p("C", OUT, 3)
+V, U, ROW = p("V", OUT), p("U", IN), p("R", 3)
+BLOCKS, SQUARE = p("S", 3, 5, 2), p("Q", 3, 3)
+TALL = p("T", IN, 4)
+AXES: tuple[tuple[str, Size], ...] = (("n", size(3)),)
+
+# For each operator: an expression, and the same in plain torch.
+CASES: dict[str, tuple[Expr, Callable[..., Tensor]]] = {
+    "add": (make("add", A, C), lambda a, c: a + c),
+    "sub": (make("sub", A, C), lambda a, c: a - c),
+    "neg": (make("neg", A), lambda a: -a),
+    "mul": (make("mul", A, C), lambda a, c: a * c),
+    "div": (make("div", A, C), lambda a, c: a / c),
+    "power": (make("power", A, exponent=size(3)), lambda a: a**3),
+    "matmul": (make("matmul", A, B), lambda a, b: a @ b),
+    "transpose": (make("transpose", A), lambda a: a.T),
+    "scale_rows": (make("scale_rows", V, A), lambda v, a: torch.diag(v) @ a),
+    "scale_cols": (make("scale_cols", ROW, A), lambda v, a: a @ torch.diag(v)),
+    "scale": (node("scale", (U, p("X", 4, IN)), (size(4), IN)), lambda u, x: x * u),
+    "channelwise": (
+        make("channelwise", p("L", CHANNELS)),
+        lambda v: v.repeat_interleave(3),
+    ),
+    "diag": (make("diag", V), torch.diag),
+    "blockdiag": (make("blockdiag", BLOCKS), lambda s: torch.block_diag(*s)),
+    "kron": (make("kron", p("K", 3, 2), p("L", 5, 3)), torch.kron),
+    "tile": (make("tile", TALL, columns=OUT), lambda t: torch.cat([t] * 4, 1)[:, :15]),
+    "eye": (make("eye", size=IN), lambda: torch.eye(6, dtype=torch.float64)),
+    "zeros": (zeros((IN, OUT)), lambda: torch.zeros(6, 15, dtype=torch.float64)),
+    "drop": (make("drop", size=IN, p=size(0.5)), lambda: torch.eye(6, dtype=torch.float64)),
+    "skew": (make("skew", p("v", 2, 6), size=size(4)), lambda v: skewed(v, 4)),
+    "cayley": (
+        make("cayley", make("skew", p("v", 2, 6), size=size(4))),
+        lambda v: turned(skewed(v, 4)),
+    ),
+    "inverse": (make("inverse", SQUARE), linalg.inv),
+    "householder": (make("householder", V), reflection),
+    "rearrange": (
+        make("rearrange", A, pattern="(n a) r -> r n a", axes=AXES),
+        lambda a: rearrange(a, "(n a) r -> r n a", n=3),
+    ),
+    "repeat": (
+        make("repeat", A, pattern="o r -> o (n r)", axes=AXES),
+        lambda a: repeat(a, "o r -> o (n r)", n=3),
+    ),
+    "reduce": (
+        make("reduce", A, pattern="(n a) r -> r n", by="sum", axes=AXES),
+        lambda a: reduce(a, "(n a) r -> r n", "sum", n=3),
+    ),
+    "concat": (
+        make("concat", A, make("tile", TALL, columns=size(3)), axis=0),
+        lambda a, t: torch.cat([a, t[:, :3]]),
+    ),
+    "slice": (
+        make("slice", A, bounds=((size(2), OUT), (size(0), size(2)))),
+        lambda a: a[2:, :2],
+    ),
+    "rownorm": (make("rownorm", A), lambda a: (a * a).sum(1).sqrt()),
+    "colnorm": (make("colnorm", A), lambda a: (a * a).sum(0).sqrt()),
+    "stop_gradient": (make("stop_gradient", A), lambda a: a),
+    "exp": (make("exp", A), torch.exp),
+    "log": (make("log", A), torch.log),
+    "sqrt": (make("sqrt", A), torch.sqrt),
+    "abs": (make("abs", make("neg", A)), lambda a: a.abs()),
+    "sin": (make("sin", A), torch.sin),
+    "cos": (make("cos", A), torch.cos),
+    "tanh": (make("tanh", A), torch.tanh),
+    "sigmoid": (make("sigmoid", A), torch.sigmoid),
+    "relu": (make("relu", make("sub", A, C)), lambda a, c: (a - c).clamp(min=0)),
+    "gelu": (make("gelu", A), lambda a: a * (1 + torch.erf(a / 2**0.5)) / 2),
+    "silu": (make("silu", A), lambda a: a * torch.sigmoid(a)),
+    "softmax": (make("softmax", A), lambda a: F.softmax(a, -1)),
+}
+
+
+def leaves_of(expr: Expr) -> list[Expr]:
+    """The parameters in the order in which they stand."""
+    if expr.op == "parameter":
+        return [expr]
+    return [leaf for arg in expr.args for leaf in leaves_of(arg)]
+
+
+def test_every_operator_has_its_case() -> None:
+    assert CASES.keys() == OPS.keys()
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_the_value_is_that_of_plain_torch(name: str) -> None:
+    expr, plain = CASES[name]
+    arguments = leaves_of(expr)
+    expected = plain(*map(leaf, dict.fromkeys(arguments)))
+    found = value(expr)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_the_shape_rule_gives_the_shape_of_the_value(name: str) -> None:
+    expr, _ = CASES[name]
+    assert numbers(expr, SITE) == tuple(value(expr).shape)
+
+
+@pytest.mark.parametrize("name", [n for n, op in OPS.items() if op.shape is shapes.unary])
+def test_a_number_is_taken_where_a_tensor_without_axes_is(name: str) -> None:
+    """A rewrite may leave a number in the place of a tensor."""
+    total = make("reduce", ROW, pattern="r -> ", by="sum", axes=())
+    nothing = make("mul", number(0), total)
+    shape: Shape = ()
+    attrs = (("exponent", size(2)),) if name == "power" else ()
+    arguments = () if name == "zeros" else (nothing,)
+    found = value(node("add", (total, node(name, arguments, shape, attrs)), shape))
+    assert found.shape == ()
+
+
+@pytest.mark.parametrize(
+    ("op", "args", "attrs", "reason"),
+    [
+        ("add", (A, B), {}, "differ, and there is no broadcasting"),
+        ("mul", (A, V), {}, "no broadcasting"),
+        ("matmul", (A, A), {}, "inner sizes 3 and out differ"),
+        ("matmul", (V, A), {}, "needs a matrix on its left"),
+        ("matmul", (BLOCKS, p("S2", 4, 2, 3)), {}, "leading axes"),
+        ("transpose", (V,), {}, "at least 2 axes"),
+        ("inverse", (A,), {}, "not square"),
+        ("cayley", (A,), {}, "not square"),
+        ("scale_rows", (ROW, A), {}, "3 factors for the out rows"),
+        ("scale_cols", (V, A), {}, "out factors for the 3 columns"),
+        ("channelwise", (V,), {}, "needs [channels]"),
+        ("diag", (A,), {}, "needs 1 axes"),
+        ("blockdiag", (A,), {}, "needs 3 axes"),
+        ("kron", (A, V), {}, "needs 2 axes"),
+        ("skew", (ROW,), {"size": size(4)}, "has 6 entries, not 3"),
+        ("concat", (A, B), {"axis": 1}, "differ beside axis 1"),
+        ("concat", (A, B), {"axis": 5}, "no axis 5"),
+        ("slice", (B,), {"bounds": ((size(0), size(4)),)}, "does not lie in an axis of 3"),
+        ("slice", (B,), {"bounds": ((size(2), size(2)),)}, "does not lie in an axis of 3"),
+        ("rearrange", (A,), {"pattern": "o r", "axes": ()}, "not a pattern"),
+        ("rearrange", (A,), {"pattern": "o r -> r", "axes": ()}, "only on the left"),
+        ("rearrange", (A,), {"pattern": "o r -> r o n", "axes": AXES}, "only on the right"),
+        ("rearrange", (A,), {"pattern": "o o -> o", "axes": ()}, "stands twice"),
+        ("rearrange", (A,), {"pattern": "(o r -> r o", "axes": ()}, "not closed"),
+        ("rearrange", (A,), {"pattern": "((o) r) -> r o", "axes": ()}, "cannot be read at `(`"),
+        ("rearrange", (A,), {"pattern": "o 2 -> 2 o", "axes": ()}, "cannot be read at `2`"),
+        ("rearrange", (A,), {"pattern": "... r -> r ...", "axes": ()}, "cannot be read at `.`"),
+        ("rearrange", (A,), {"pattern": "o -> o", "axes": ()}, "names 1 axes"),
+        ("rearrange", (A,), {"pattern": "(a b) r -> a b r", "axes": ()}, "more than one size"),
+        ("rearrange", (A,), {"pattern": "o r -> r o", "axes": AXES}, "has no axis n"),
+        ("rearrange", (B,), {"pattern": "n i -> i n", "axes": (("n", size(2)),)}, "is 2, and"),
+        ("repeat", (A,), {"pattern": "o r -> o r n", "axes": ()}, "add n = …"),
+        ("reduce", (A,), {"pattern": "o r -> o", "by": "median", "axes": ()}, "not `median`"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_reason(
+    op: str, args: tuple[Expr, ...], attrs: Mapping[str, Any], reason: str
+) -> None:
+    with pytest.raises(Mismatch) as caught:
+        make(op, *args, **attrs)
+    assert reason in str(caught.value)
+
+
+def test_names_that_python_or_einops_keep_are_good_axes() -> None:
+    axes = (("pattern", size(3)),)
+    expr = make("rearrange", A, pattern="(pattern in) axis -> in axis pattern", axes=axes)
+    torch.testing.assert_close(value(expr), rearrange(leaf(A), "(n a) r -> a r n", n=3))
+
+
+# ------------------------------------------------------------------------------------ inverses
+
+TARGET = parameter("target", WEIGHT.shape)
+
+# For each operator that can be undone: an expression over W, and the argument W is.
+UNDONE: dict[str, tuple[Expr, int]] = {
+    "add": (make("add", WEIGHT, p("M", OUT, IN)), 0),
+    "sub": (node("sub", (p("M", OUT, IN), WEIGHT), WEIGHT.shape), 1),
+    "neg": (make("neg", WEIGHT), 0),
+    "mul": (make("mul", p("M", OUT, IN), WEIGHT), 1),
+    "div": (node("div", (p("M", OUT, IN), WEIGHT), WEIGHT.shape), 1),
+    "matmul": (make("matmul", make("householder", V), WEIGHT), 1),
+    "transpose": (make("transpose", WEIGHT), 0),
+    "scale_rows": (make("scale_rows", V, WEIGHT), 1),
+    "scale_cols": (make("scale_cols", U, WEIGHT), 1),
+    "rearrange": (
+        make(
+            "rearrange",
+            WEIGHT,
+            pattern="(n a) (c d) -> d (a n) c",
+            axes=(
+                ("n", size(3)),
+                ("d", size(2)),
+            ),
+        ),
+        0,
+    ),
+    "stop_gradient": (make("stop_gradient", WEIGHT), 0),
+}
+
+
+def test_every_inverse_has_its_case() -> None:
+    assert UNDONE.keys() == {n for n, op in OPS.items() if op.undo is not None}
+
+
+@pytest.mark.parametrize("name", UNDONE)
+def test_undoing_gives_the_argument_back(name: str) -> None:
+    expr, index = UNDONE[name]
+    undo = OPS[expr.op].undo
+    assert undo is not None
+    target = parameter("target", expr.shape)
+    back = undo(make, expr, index, target)
+    assert back is not None
+    made = value(expr)
+
+    def known(e: Expr) -> Tensor:
+        return made if e is target else leaf(e)
+
+    assert back.shape == WEIGHT.shape
+    torch.testing.assert_close(value(back, known), leaf(WEIGHT))
+
+
+@pytest.mark.parametrize(("op", "other"), [("sub", 0), ("div", 0), ("matmul", 0)])
+def test_the_other_side_is_undone_too(op: str, other: int) -> None:
+    beside = make("eye", size=IN) if op == "matmul" else p("M", OUT, IN)
+    beside = make("add", beside, p("N", IN, IN)) if op == "matmul" else beside
+    expr = make(op, WEIGHT, beside)
+    undo = OPS[op].undo
+    assert undo is not None
+    back = undo(make, expr, other, TARGET)
+    assert back is not None
+    made = value(expr)
+    found = value(back, lambda e: made if e is TARGET else leaf(e))
+    torch.testing.assert_close(found, leaf(WEIGHT))
+
+
+def test_what_is_not_square_is_not_undone() -> None:
+    undo = OPS["matmul"].undo
+    assert undo is not None
+    assert undo(make, make("matmul", A, B), 0, TARGET) is None
+
+
+# --------------------------------------------------------------------------------------- table
+
+
+def test_apply_goes_through_arguments_that_there_are() -> None:
+    for expr, _ in CASES.values():
+        assert all(i < len(expr.args) for i in through(expr) or ())
+
+
+def test_a_product_of_two_matrices_by_elements_has_no_structure() -> None:
+    assert through(make("mul", A, C)) is None
+    assert through(make("mul", number(2), A)) == (1,)
+    assert through(make("div", A, make("reduce", V, pattern="o -> ", by="max", axes=()))) == (0,)
+    assert through(WEIGHT) is None
+    assert through(BIAS) is None
