@@ -4,11 +4,21 @@ A spec says where and what: `match /q_proj|v_proj/ in layers[0:12] apply METHOD(
 one equation, from which forward, merge, inverse and checkpoint are derived.
 """
 
-from surgery.errors import Diagnostic, SurgeryError
-from surgery.language.parse import load, parse
-from surgery.runtime import Compiled, attach, check, of, plan
-from surgery.runtime import compile_model as compile
-from surgery.verify import Verification, verify
+import gc
+
+# What an import makes is there to stay, so a collection in the middle of it, over all that torch
+# has made before, would find nothing and take as long as the import itself.
+_collecting = gc.isenabled()
+gc.disable()
+try:
+    from surgery.errors import Diagnostic, SurgeryError
+    from surgery.language.parse import load, parse
+    from surgery.runtime import Compiled, attach, check, of, plan
+    from surgery.runtime import compile_model as compile
+    from surgery.verify import Verification, verify
+finally:
+    if _collecting:
+        gc.enable()
 
 __all__ = [
     "Compiled",

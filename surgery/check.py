@@ -178,6 +178,8 @@ def _resolve(spec: ast.Spec, library: Library, values: Values, report: Report) -
     adapters = _adapters(spec)
     matches = [match for _, some in adapters for match in some]
     _check_names(names, _known_applications(matches, extended, report), unsound, report)
+    for expr in (e for match in matches for e in _counts(match)):
+        _try(report, lambda expr=expr: Scalars(names)(expr))
     if not matches:
         _no_statement(spec, report)
     return Resolved(spec, extended, names, adapters)
@@ -240,6 +242,21 @@ def _few(items: Iterable[T], report: Report) -> Iterator[T]:
         if len(report.found) >= _MAX_FINDINGS:
             return
         yield item
+
+
+def _counts(match: ast.Match) -> Iterator[ast.Expression]:
+    """The expressions of a statement that are evaluated when its sites are selected."""
+    if match.expect is not None:
+        yield match.expect
+    for step in () if match.scope is None else match.scope.steps:
+        match step.index:
+            case ast.Indices():
+                yield from step.index.values
+            case ast.Slice():
+                parts = (step.index.start, step.index.stop, step.index.step)
+                yield from (part for part in parts if part is not None)
+            case ast.Every() | None:
+                pass
 
 
 def _no_statement(spec: ast.Spec, report: Report) -> None:
@@ -312,7 +329,7 @@ def _params(spec: ast.Spec, values: Values, report: Report) -> dict[str, object]
     params: dict[str, object] = {}
     for name, param in declared.items():
         # A param that failed is open, so that what uses it is not reported as well.
-        params[name] = Open(name)
+        params[name] = symbol(name) if param.type in ("int", "float") else Open(name)
         _try(
             report,
             lambda name=name, param=param: params.update({name: _param(param, values, params)}),

@@ -269,7 +269,7 @@ def _edit(change: Callable[[dict[str, Any]], object]) -> Callable[[dict[str, Any
         (_edit(lambda m: m["sites"][0]["arguments"].pop("r")), "lora has the arguments"),
         (_edit(lambda m: m["sites"][0]["arguments"].update(r="two")), "is an int"),
         (_edit(lambda m: m["sites"][0]["arguments"].update(r=10**9)), ""),
-        (_edit(lambda m: m["sites"][0]["arguments"].update(r=-1)), "at least 1"),
+        (_edit(lambda m: m["sites"][0]["arguments"].update(r=-1)), "whole number from 1 on"),
         (_edit(lambda m: m["sites"][0].update(path="layers.0.p")), "nearest is `layers.0.q`"),
     ],
 )

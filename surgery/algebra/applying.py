@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from surgery.algebra.axes import Scalar
-from surgery.algebra.expr import IN, Expr, node, number
+from surgery.algebra.expr import IN, OUT, Expr, node, number
 from surgery.algebra.values import Facts, unit
 
 _ONE = number(1)
@@ -85,6 +85,10 @@ class Applier(Protocol):
         """The sizes of an expression."""
         ...
 
+    def split(self, v: Vector) -> bool:
+        """Whether each group of output rows sees a part of v alone."""
+        ...
+
 
 def add(go: Applier, expr: Expr, v: Vector) -> Vector:
     """(a + b) x = a x + b x."""
@@ -125,22 +129,30 @@ def div(go: Applier, expr: Expr, v: Vector) -> Vector | None:
 def matmul(go: Applier, expr: Expr, v: Vector) -> Vector | None:
     """(a @ b) x = a (b x)."""
     left, right = expr.args
-    if go.features(v) is None and right.shape[0] == IN and not _passes(right):
+    if right.shape[0] == IN and go.features(v) is None and not _any_input(right):
         return None  # patches and indices can be read by a matrix once, and not be mixed before
+    if right.shape[0] == OUT and go.split(v) and not _diagonal(left):
+        return None  # b x has joined the groups, and a would mix them
     return go.apply(left, go.apply(right, v))
 
 
-def _passes(expr: Expr) -> bool:
-    """Whether a map of the input space into itself is diagonal, so that any input takes it."""
+def _any_input(expr: Expr) -> bool:
+    """Whether a map of the input space into itself takes input of every form."""
     match expr.op:
         case "drop" | "eye":
             return True
         case "diag":
             return expr.args[0].op == "channelwise"
         case "matmul":
-            return all(map(_passes, expr.args))
+            return all(map(_any_input, expr.args))
         case _:
             return False
+
+
+def _diagonal(expr: Expr) -> bool:
+    return expr.op in ("drop", "eye", "diag") or (
+        expr.op == "matmul" and all(map(_diagonal, expr.args))
+    )
 
 
 def scale_rows(go: Applier, expr: Expr, v: Vector) -> Vector | None:
@@ -197,7 +209,16 @@ def tile(go: Applier, expr: Expr, v: Vector) -> Vector | None:
     if copies * width > columns:
         x = F.pad(x, (0, copies * width - columns))
     summed = cast(Tensor, x.unflatten(-1, (copies, width))).sum(-2)  # [..., width]
-    return go.apply(expr.args[0], replace(features, tensor=summed))
+    offset = None if v.offset is None else _summed(expr, v.offset)
+    return go.apply(expr.args[0], replace(features, tensor=summed, offset=offset))
+
+
+def _summed(expr: Expr, offset: Expr) -> Expr:
+    """The sum of the parts of an offset: tile(a) c = a (tile(I) c)."""
+    width, columns = expr.args[0].shape[1], expr.shape[1]
+    one = node("eye", (), (width, width), (("size", width),))
+    parts = node("tile", (one,), (width, columns), expr.attrs)
+    return node("matmul", (parts, offset), (width,))
 
 
 def eye(go: Applier, expr: Expr, v: Vector) -> Vector:

@@ -25,7 +25,9 @@ def cheapest(root: Expr, cost: Cost) -> Expr:
 
     def visit(expr: Expr) -> Expr:
         if expr not in memo:
-            memo[expr] = _descend(rebuild(expr, tuple(map(visit, expr.args))), cost, visit)
+            within = rebuild(expr, tuple(map(visit, expr.args)))
+            # An argument that is cheaper to apply may be dearer as the value that is needed here.
+            memo[expr] = _descend(within if cost(within) <= cost(expr) else expr, cost, visit)
         return memo[expr]
 
     return visit(root)
@@ -34,7 +36,8 @@ def cheapest(root: Expr, cost: Cost) -> Expr:
 def _descend(expr: Expr, cost: Cost, visit: Callable[[Expr], Expr]) -> Expr:
     best = min((expr, *alternatives(expr)), key=cost)  # min keeps the first of equals
     while cost(best) < cost(expr):
-        expr = rebuild(best, tuple(map(visit, best.args)))
+        within = rebuild(best, tuple(map(visit, best.args)))
+        expr = min((best, within), key=cost)
         best = min((expr, *alternatives(expr)), key=cost)
     return expr
 

@@ -17,7 +17,7 @@ from surgery.algebra.applying import Vector
 from surgery.algebra.axes import Scalar, evaluate
 from surgery.algebra.cost import apply_cost, cheapest, numbers, value_cost
 from surgery.algebra.derive import Derived
-from surgery.algebra.expr import BIAS, INPUT, OUT, OUTPUT, WEIGHT, Expr, number, walk
+from surgery.algebra.expr import BIAS, INPUT, OUT, OUTPUT, WEIGHT, Expr, depends_on, number, walk
 from surgery.algebra.ops import OPS
 from surgery.algebra.rules import constant, is_zero, make
 from surgery.algebra.values import Facts
@@ -138,6 +138,8 @@ class Interpreter(Evaluator):
     def run(self, derived: Derived, x: Tensor) -> Tensor:
         """The adapted output for an input, features last. Raises Unlowerable."""
         vector = Vector(x, raw=True)
+        if self.port.groups > 1 and _mixes_output(derived.equations.output):
+            raise Unlowerable("y is made group by group here, and a matrix would mix the groups")
         if derived.merged is None or _random(derived.merged.bias):
             return self._activation_equations(derived, vector)
         weight = cheapest(derived.merged.weight, apply_cost(self.domain.names))
@@ -197,9 +199,15 @@ class Interpreter(Evaluator):
             return None
         v = self._settled(v)
         y = self.port.base(v.tensor, changed=v.changed or not v.raw)
-        if v.factor is not None:
-            y = y * v.factor
-        return Vector(y, narrow=True, offset=make("neg", BIAS) if self.has_bias else None)
+        found = Vector(y, narrow=True, offset=make("neg", BIAS) if self.has_bias else None)
+        if v.factor is None:
+            return found
+        found = self._settled(found)
+        return replace(found, tensor=found.tensor * v.factor)
+
+    def split(self, v: Vector) -> bool:
+        """Whether each group of output rows sees a part of v alone."""
+        return self.port.groups > 1 and (v.raw or v.grouped)
 
     def features(self, v: Vector) -> Vector | None:
         """The vector with its features last; None for what only a whole matrix can read."""
@@ -330,6 +338,12 @@ class Interpreter(Evaluator):
                 "x is not a vector of features here; multiply it by a matrix before anything else"
             )
         return self._wide(features)
+
+
+def _mixes_output(output: Expr | None) -> bool:
+    """Whether y' is made of a matrix by something that is made of y."""
+    products = () if output is None else walk(output)
+    return any(e.op == "matmul" and depends_on(e.args[0], OUTPUT) for e in products)
 
 
 def _random(expr: Expr) -> bool:

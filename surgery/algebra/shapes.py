@@ -230,7 +230,7 @@ def parsed_pattern(pattern: str) -> tuple[Side, Side]:
 
 def _side(text: str, pattern: str) -> Side:
     axes: list[list[str]] = []
-    inside, at = False, 0
+    text, inside, at = text.strip(), False, 0
     while at < len(text):
         found = _PATTERN.match(text, at)
         token = found.group().strip() if found else text[at:].strip()[:1]

@@ -240,9 +240,13 @@ def _rows_of(op: str) -> Callable[[Tensors, ast.Call], object]:
 def _drop_of(self: Tensors, expr: ast.Call) -> object:
     place = _only(expr)
     probability = self.size(place)
-    if probability.number is not None and not 0 <= probability.number <= 1:
-        shown = scalars.plain(probability)
-        refuse("E111", f"a probability lies between 0 and 1, and this is {shown}", place.span)
+    if probability.number is not None and not 0 <= probability.number < 1:
+        refuse(
+            "E111",
+            f"`{place.span.text}` is {scalars.plain(probability)}, and no part that can be dropped",
+            place.span,
+            hint="drop a part from 0 to less than 1",
+        )
     return _Drop(probability)
 
 

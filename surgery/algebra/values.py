@@ -13,7 +13,7 @@ from keyword import iskeyword
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from surgery.algebra import shapes
 from surgery.algebra.axes import Scalar
@@ -137,12 +137,35 @@ def skew(facts: Facts, v: Tensor) -> Tensor:
 def cayley(facts: Facts, q: Tensor) -> Tensor:
     """(I - Q) (I + Q)^-1 of [..., n, n]; orthogonal if Q is skew-symmetric."""
     one = q.new_ones((facts.shape[-1],)).diag()
-    return _linalg.solve(one + q, one - q, left=False)
+    return _called(solve, one + q, one - q)
 
 
 def inverse(facts: Facts, a: Tensor) -> Tensor:
     """The inverse of [..., n, n]."""
-    return _linalg.inv(a)
+    return _called(invert, a)
+
+
+def solve(a: Tensor, b: Tensor) -> Tensor:
+    """B A^-1, of [..., n, n]; in float32 where the dtype is too narrow for a factorisation."""
+    wide = _wide(a)
+    return _linalg.solve(a.to(wide), b.to(wide), left=False).to(a.dtype)
+
+
+def invert(a: Tensor) -> Tensor:
+    """A^-1, of [..., n, n]; in float32 where the dtype is too narrow for a factorisation."""
+    return _linalg.inv(a.to(_wide(a))).to(a.dtype)
+
+
+def _wide(a: Tensor) -> torch.dtype:
+    return a.dtype if a.dtype.itemsize >= 4 else torch.float32
+
+
+def _called(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
+    """The function of some tensors; over proxies one node, since it asks for their dtype."""
+    first = args[0]
+    if isinstance(first, fx.Proxy):
+        return cast(Tensor, first.tracer.create_proxy("call_function", function, args, {}))
+    return function(*args)
 
 
 def householder(facts: Facts, u: Tensor) -> Tensor:
@@ -186,7 +209,6 @@ def _rearranged(
     name: str, a: Tensor, pattern: str, by: str | None, sizes: dict[str, int]
 ) -> Tensor:
     import einops
-    from torch import fx
 
     function = cast(Callable[..., Tensor], getattr(einops, name))
     rest = (pattern,) if by is None else (pattern, by)

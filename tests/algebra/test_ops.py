@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from einops import rearrange, reduce, repeat
+from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn import functional as F
 
 from surgery.algebra import shapes
-from surgery.algebra.axes import Size, size, symbol
+from surgery.algebra.axes import Size, size
 from surgery.algebra.cost import numbers
 from surgery.algebra.expr import (
     BIAS,
@@ -33,6 +33,7 @@ from surgery.algebra.rules import make
 from surgery.algebra.shapes import Mismatch
 
 SITE = {"in": 6, "out": 15, "channels": 2}
+untyped: Any = torch
 linalg: Any = torch.linalg
 
 
@@ -75,6 +76,10 @@ def reflection(u: Tensor) -> Tensor:
     return torch.eye(len(u), dtype=u.dtype) - 2 * torch.outer(u, u) / u.dot(u)
 
 
+def blocks_of(s: Tensor) -> Tensor:
+    return untyped.block_diag(*s)
+
+
 A, B, C = p("A", OUT, 3), p("B", 3, IN), p("C", OUT, 3)
 V, U, ROW = p("V", OUT), p("U", IN), p("R", 3)
 BLOCKS, SQUARE = p("S", 3, 5, 2), p("Q", 3, 3)
@@ -82,71 +87,86 @@ TALL = p("T", IN, 4)
 AXES: tuple[tuple[str, Size], ...] = (("n", size(3)),)
 
 # For each operator: an expression, and the same in plain torch.
-CASES: dict[str, tuple[Expr, Callable[..., Tensor]]] = {
-    "add": (make("add", A, C), lambda a, c: a + c),
-    "sub": (make("sub", A, C), lambda a, c: a - c),
-    "neg": (make("neg", A), lambda a: -a),
-    "mul": (make("mul", A, C), lambda a, c: a * c),
-    "div": (make("div", A, C), lambda a, c: a / c),
-    "power": (make("power", A, exponent=size(3)), lambda a: a**3),
-    "matmul": (make("matmul", A, B), lambda a, b: a @ b),
-    "transpose": (make("transpose", A), lambda a: a.T),
-    "scale_rows": (make("scale_rows", V, A), lambda v, a: torch.diag(v) @ a),
-    "scale_cols": (make("scale_cols", ROW, A), lambda v, a: a @ torch.diag(v)),
-    "scale": (node("scale", (U, p("X", 4, IN)), (size(4), IN)), lambda u, x: x * u),
-    "channelwise": (
+Case = tuple[Expr, Callable[..., Tensor]]
+
+
+def one(expr: Expr, plain: Callable[[Tensor], Tensor]) -> Case:
+    return expr, plain
+
+
+def two(expr: Expr, plain: Callable[[Tensor, Tensor], Tensor]) -> Case:
+    return expr, plain
+
+
+def none(expr: Expr, plain: Callable[[], Tensor]) -> Case:
+    return expr, plain
+
+
+CASES: dict[str, Case] = {
+    "add": two(make("add", A, C), lambda a, c: a + c),
+    "sub": two(make("sub", A, C), lambda a, c: a - c),
+    "neg": one(make("neg", A), lambda a: -a),
+    "mul": two(make("mul", A, C), lambda a, c: a * c),
+    "div": two(make("div", A, C), lambda a, c: a / c),
+    "power": one(make("power", A, exponent=size(3)), lambda a: a**3),
+    "matmul": two(make("matmul", A, B), lambda a, b: a @ b),
+    "transpose": one(make("transpose", A), lambda a: a.T),
+    "scale_rows": two(make("scale_rows", V, A), lambda v, a: torch.diag(v) @ a),
+    "scale_cols": two(make("scale_cols", ROW, A), lambda v, a: a @ torch.diag(v)),
+    "scale": two(node("scale", (U, p("X", 4, IN)), (size(4), IN)), lambda u, x: x * u),
+    "channelwise": one(
         make("channelwise", p("L", CHANNELS)),
         lambda v: v.repeat_interleave(3),
     ),
-    "diag": (make("diag", V), torch.diag),
-    "blockdiag": (make("blockdiag", BLOCKS), lambda s: torch.block_diag(*s)),
-    "kron": (make("kron", p("K", 3, 2), p("L", 5, 3)), torch.kron),
-    "tile": (make("tile", TALL, columns=OUT), lambda t: torch.cat([t] * 4, 1)[:, :15]),
-    "eye": (make("eye", size=IN), lambda: torch.eye(6, dtype=torch.float64)),
-    "zeros": (zeros((IN, OUT)), lambda: torch.zeros(6, 15, dtype=torch.float64)),
-    "drop": (make("drop", size=IN, p=size(0.5)), lambda: torch.eye(6, dtype=torch.float64)),
-    "skew": (make("skew", p("v", 2, 6), size=size(4)), lambda v: skewed(v, 4)),
-    "cayley": (
+    "diag": one(make("diag", V), torch.diag),
+    "blockdiag": one(make("blockdiag", BLOCKS), lambda s: blocks_of(s)),
+    "kron": two(make("kron", p("K", 3, 2), p("L", 5, 3)), torch.kron),
+    "tile": one(make("tile", TALL, columns=OUT), lambda t: torch.cat([t] * 4, 1)[:, :15]),
+    "eye": none(make("eye", size=IN), lambda: torch.eye(6, dtype=torch.float64)),
+    "zeros": none(zeros((IN, OUT)), lambda: torch.zeros(6, 15, dtype=torch.float64)),
+    "drop": none(make("drop", size=IN, p=size(0.5)), lambda: torch.eye(6, dtype=torch.float64)),
+    "skew": one(make("skew", p("v", 2, 6), size=size(4)), lambda v: skewed(v, 4)),
+    "cayley": one(
         make("cayley", make("skew", p("v", 2, 6), size=size(4))),
         lambda v: turned(skewed(v, 4)),
     ),
-    "inverse": (make("inverse", SQUARE), linalg.inv),
-    "householder": (make("householder", V), reflection),
-    "rearrange": (
+    "inverse": one(make("inverse", SQUARE), linalg.inv),
+    "householder": one(make("householder", V), reflection),
+    "rearrange": one(
         make("rearrange", A, pattern="(n a) r -> r n a", axes=AXES),
         lambda a: rearrange(a, "(n a) r -> r n a", n=3),
     ),
-    "repeat": (
+    "repeat": one(
         make("repeat", A, pattern="o r -> o (n r)", axes=AXES),
         lambda a: repeat(a, "o r -> o (n r)", n=3),
     ),
-    "reduce": (
+    "reduce": one(
         make("reduce", A, pattern="(n a) r -> r n", by="sum", axes=AXES),
-        lambda a: reduce(a, "(n a) r -> r n", "sum", n=3),
+        lambda a: rearrange(a, "(n a) r -> r n a", n=3).sum(-1),
     ),
-    "concat": (
+    "concat": two(
         make("concat", A, make("tile", TALL, columns=size(3)), axis=0),
         lambda a, t: torch.cat([a, t[:, :3]]),
     ),
-    "slice": (
+    "slice": one(
         make("slice", A, bounds=((size(2), OUT), (size(0), size(2)))),
         lambda a: a[2:, :2],
     ),
-    "rownorm": (make("rownorm", A), lambda a: (a * a).sum(1).sqrt()),
-    "colnorm": (make("colnorm", A), lambda a: (a * a).sum(0).sqrt()),
-    "stop_gradient": (make("stop_gradient", A), lambda a: a),
-    "exp": (make("exp", A), torch.exp),
-    "log": (make("log", A), torch.log),
-    "sqrt": (make("sqrt", A), torch.sqrt),
-    "abs": (make("abs", make("neg", A)), lambda a: a.abs()),
-    "sin": (make("sin", A), torch.sin),
-    "cos": (make("cos", A), torch.cos),
-    "tanh": (make("tanh", A), torch.tanh),
-    "sigmoid": (make("sigmoid", A), torch.sigmoid),
-    "relu": (make("relu", make("sub", A, C)), lambda a, c: (a - c).clamp(min=0)),
-    "gelu": (make("gelu", A), lambda a: a * (1 + torch.erf(a / 2**0.5)) / 2),
-    "silu": (make("silu", A), lambda a: a * torch.sigmoid(a)),
-    "softmax": (make("softmax", A), lambda a: F.softmax(a, -1)),
+    "rownorm": one(make("rownorm", A), lambda a: (a * a).sum(1).sqrt()),
+    "colnorm": one(make("colnorm", A), lambda a: (a * a).sum(0).sqrt()),
+    "stop_gradient": one(make("stop_gradient", A), lambda a: a),
+    "exp": one(make("exp", A), torch.exp),
+    "log": one(make("log", A), torch.log),
+    "sqrt": one(make("sqrt", A), torch.sqrt),
+    "abs": one(make("abs", make("neg", A)), lambda a: a.abs()),
+    "sin": one(make("sin", A), torch.sin),
+    "cos": one(make("cos", A), torch.cos),
+    "tanh": one(make("tanh", A), torch.tanh),
+    "sigmoid": one(make("sigmoid", A), torch.sigmoid),
+    "relu": two(make("relu", make("sub", A, C)), lambda a, c: (a - c).clamp(min=0)),
+    "gelu": one(make("gelu", A), lambda a: a * (1 + torch.erf(a / 2**0.5)) / 2),
+    "silu": one(make("silu", A), lambda a: a * torch.sigmoid(a)),
+    "softmax": one(make("softmax", A), lambda a: F.softmax(a, -1)),
 }
 
 
