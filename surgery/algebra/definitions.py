@@ -12,6 +12,7 @@ from surgery.algebra.mentions import names, nodes
 from surgery.algebra.ops import through
 from surgery.algebra.rules import make
 from surgery.algebra.scalars import Decide, Open, Scalars, did_you_mean, typed
+from surgery.algebra.tensors import DROP_HINT
 from surgery.algebra.ways import MAX_WAYS, each_way
 from surgery.errors import Diagnostic, Report, SurgeryError
 from surgery.language import syntax as ast
@@ -53,7 +54,12 @@ def _check_signature(method: ast.Method, report: Report) -> None:
                 hint="use another name",
             )
         if argument.name in known:
-            report.error("E107", f"the argument `{argument.name}` stands twice", place)
+            report.error(
+                "E107",
+                f"the argument `{argument.name}` stands twice",
+                place,
+                hint="use another name",
+            )
         if argument.default is not None:
             _check_default(argument, known, report)
         known[argument.name] = _symbol(argument)
@@ -99,7 +105,7 @@ def _check_ways(method: ast.Method, arguments: Mapping[str, object], report: Rep
                 "E114",
                 "drop(p) stands where it is never applied to a vector",
                 elaborator.drops.get(drop, method.span),
-                hint="write it beside @, in a product that is applied: `B @ A @ drop(p)`",
+                hint=DROP_HINT,
             )
 
     if not each_way(run):

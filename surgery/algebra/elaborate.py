@@ -92,9 +92,14 @@ class Elaborator(Tensors):
         value = self.tensor(item.value)
         shape = TARGETS[item.target][1]
         if item.target in self.targets:
-            refuse("E107", f"{item.target}' is given twice", item.span)
+            refuse("E107", f"{item.target}' is given twice", item.span, hint="leave one out")
         if item.target == "x" and depends_on(value, OUTPUT):
-            refuse("E125", "x' cannot be made of y, which is made of x'", item.value.span)
+            refuse(
+                "E125",
+                "x' cannot be made of y, which is made of x'",
+                item.value.span,
+                hint="say it of the output instead: `y' = …`",
+            )
         if value.shape != shape:
             refuse(
                 "E108",
@@ -143,20 +148,30 @@ class Elaborator(Tensors):
             if expr.op == "drop":
                 refuse("E114", "a beginning is not random by drop(p)", place, hint="use `~ …`")
             if expr.op == "parameter" and self.parameters[expr.text("name")].shared:
-                refuse("E123", "a beginning cannot read what is shared by all sites", place)
+                refuse(
+                    "E123",
+                    "a beginning cannot read what is shared by all sites",
+                    place,
+                    hint="begin with a number, a draw, or what is made of W",
+                )
 
     def _random(self, call: ast.Call, shared: bool) -> Random:
         row = DISTRIBUTIONS.get(call.function)
         if row is None:
             unknown_name(call.function, call.span, DISTRIBUTIONS, noun="distribution")
         if call.arguments:
-            refuse("E104", f"name the arguments of {call.function}()", call.arguments[0].span)
+            refuse(
+                "E104",
+                f"the arguments of {call.function}() have names",
+                call.arguments[0].span,
+                hint=f"it has: {', '.join([*row.arguments, 'seed'])}",
+            )
         values = {k.name: self._draw_argument(k, row, shared) for k in call.keywords}
         known = {n: v for n, v in values.items() if v is not None}
         seed = known.pop("seed", None)
         objection = row.objection({**row.arguments, **known})
         if objection:
-            refuse("E111", f"{call.function}(): {objection}", call.span)
+            refuse("E111", f"{call.function}() cannot be drawn", call.span, label=objection)
         return Random(
             call.function, tuple(sorted(known.items())), None if seed is None else int(seed)
         )
@@ -170,7 +185,12 @@ class Elaborator(Tensors):
             unknown_name(name, keyword.span, [*row.arguments, "seed"], "argument")
         value = self.size(keyword.value)
         if shared and names_in(value) & SIZES.keys():
-            refuse("E123", "what all sites share cannot depend on the sizes of one", place)
+            refuse(
+                "E123",
+                "what all sites share cannot depend on the sizes of one",
+                place,
+                hint="use numbers and arguments, or declare it without `shared`",
+            )
         value = _numeric(value, self.sizes)
         if isinstance(value, Size) and value.number is None:
             return None

@@ -61,7 +61,12 @@ _TYPES: Mapping[ast.ValueType, tuple[type, ...]] = {
 
 def undecided(condition: ast.Expression) -> bool:
     """The `Decide` of places where everything must be known."""
-    refuse("E110", "this condition depends on what is not known here", condition.span)
+    refuse(
+        "E110",
+        "this condition depends on what is not known here",
+        condition.span,
+        hint="use numbers and params",
+    )
 
 
 class Scalars:
@@ -142,7 +147,7 @@ class Scalars:
         if expr.operator in _ARITHMETIC:
             return arithmetic(expr, as_number(left, expr.left), as_number(right, expr.right))
         if expr.operator == "@":
-            refuse("E102", "@ stands only between tensors", expr.span)
+            refuse("E102", "@ stands only between tensors", expr.span, hint="numbers have `*`")
         return compare(expr, left, right)
 
     def number(self, expr: ast.Expression) -> Scalar:
@@ -151,7 +156,7 @@ class Scalars:
 
     def subscript(self, expr: ast.Subscript | ast.Slice) -> object:
         """`A[:, :in]`, which numbers do not have."""
-        refuse("E102", "only a tensor can be sliced", expr.span)
+        refuse("E102", "only a tensor can be sliced", expr.span, hint="slices stand in methods")
 
     def call(self, expr: ast.Call) -> object:
         """A function of numbers."""
@@ -163,10 +168,15 @@ class Scalars:
         """A function of numbers, of values."""
         name = expr.function
         if expr.keywords:
-            refuse("E104", f"{name}() takes no named arguments", expr.keywords[0].span)
+            refuse(
+                "E104",
+                f"{name}() takes no named arguments",
+                expr.keywords[0].span,
+                hint="leave out the name",
+            )
         if len(values) < 2 if name in _OF_MANY else len(values) != 1:
             wanted = "at least two arguments" if name in _OF_MANY else "one argument"
-            refuse("E104", f"{name}() takes {wanted}", expr.span)
+            refuse("E104", f"{name}() takes {wanted}", expr.span, label=f"here are {len(values)}")
         numbers = [as_number(v, a) for v, a in zip(values, expr.arguments, strict=True)]
         return guarded(expr.span, lambda: function(name, *numbers))
 

@@ -36,6 +36,12 @@ class _Drop:
     probability: Size
 
 
+DROP_HINT = "write it beside @, in a product that is applied: `B @ A @ drop(p)`"
+_BESIDE = "a vector scales rows as `v * rows(M)`, columns as `v * cols(M)`"
+_ACTIVATION = (
+    "of x and y there are only sums, products with numbers, vectors and matrices, and functions"
+)
+
 _OPERATORS: Mapping[str, str] = {
     "+": "add",
     "-": "sub",
@@ -67,9 +73,15 @@ class Tensors(Scalars):
             case Expr():
                 return value
             case _Rows():
-                refuse("E109", "rows(…) and cols(…) stand only beside a vector and *, /", expr.span)
+                refuse(
+                    "E109",
+                    "a vector is missing here",
+                    expr.span,
+                    label="each row by what?",
+                    hint=_BESIDE,
+                )
             case _Drop():
-                refuse("E109", "drop(p) stands only beside @", expr.span)
+                refuse("E109", "drop(p) stands only beside @", expr.span, hint=DROP_HINT)
             case str() | bool() | Open() | None:
                 refuse("E103", "a tensor is needed here", expr.span, label=f"this is {kind(value)}")
             case _:
@@ -109,7 +121,12 @@ class Tensors(Scalars):
             left = self._dropped(expr.left, left, right.shape[0])
         a, b = self.as_tensor(left, expr.left), self.as_tensor(right, expr.right)
         if activation(b):
-            refuse("E108", "an activation stands on the left of @", expr.right.span)
+            refuse(
+                "E108",
+                "an activation stands on the left of @",
+                expr.right.span,
+                hint="write `x @ transpose(M)`, which is M by each x",
+            )
         return self.build(expr, "matmul", a, b)
 
     def _dropped(self, expr: ast.Expression, drop: _Drop, length: Size) -> Expr:
@@ -126,7 +143,7 @@ class Tensors(Scalars):
         elif isinstance(right, _Rows) and expr.operator == "*":
             rows, factor = right, self.as_tensor(left, expr.left)
         else:
-            refuse("E109", "nothing is divided by rows(…) or cols(…)", expr.span)
+            refuse("E109", "nothing is divided by rows(…) or cols(…)", expr.span, hint=_BESIDE)
         if factor.is_scalar:
             return self.build(expr, "mul", factor, rows.matrix)
         return self.build(expr, rows.op, factor, rows.matrix)
@@ -142,7 +159,7 @@ class Tensors(Scalars):
     def build(self, expr: ast.Expression, op: str, *args: Expr, **attrs: Attribute) -> Expr:
         """`make`, with a mismatch reported where it stands in the source (E105, E108)."""
         if any(map(activation, args)) and not OPS[op].tokenwise:
-            refuse("E108", f"{op} does not take an activation", expr.span)
+            refuse("E108", f"{op} does not take an activation", expr.span, hint=_ACTIVATION)
         try:
             made = guarded(expr.span, lambda: make(op, *args, **attrs))
         except Mismatch as mismatch:
@@ -178,7 +195,9 @@ class Tensors(Scalars):
             return self.computed(expr, values)
         given = self._named(expr, spelled)
         if len(values) < tensors or len(given) < len(spelled) - tensors:
-            refuse("E104", f"{name}({', '.join(spelled)}) needs all its arguments", expr.span)
+            refuse(
+                "E104", f"{name}() needs all its arguments", expr.span, hint=_form(expr, spelled)
+            )
         arguments = (
             self.as_tensor(v, a) for v, a in zip(values, expr.arguments[:tensors], strict=True)
         )
@@ -190,27 +209,33 @@ class Tensors(Scalars):
         names = [n for n in spelled if n != "tensor"]
         positional = expr.arguments[spelled.count("tensor") :]
         if len(positional) > len(names):
-            refuse("E104", f"{expr.function}({', '.join(spelled)}) takes no more", expr.span)
+            refuse("E104", f"{expr.function}() takes no more", expr.span, hint=_form(expr, spelled))
         given = dict(zip(names, positional, strict=False))
         for keyword in expr.keywords:
             if keyword.name not in names:
                 unknown_name(keyword.name, keyword.span, names, "argument")
             if keyword.name in given:
-                refuse("E107", f"`{keyword.name}` is given twice", keyword.span)
+                refuse(
+                    "E107", f"`{keyword.name}` is given twice", keyword.span, hint="leave one out"
+                )
             given[keyword.name] = keyword.value
         return given
 
     def subscript(self, expr: ast.Subscript | ast.Slice) -> Expr:
         """`A[:, :in]`: a slice of each axis, without a step; negative bounds count from the end."""
         if isinstance(expr, ast.Slice):
-            refuse("E102", "a slice stands only behind a tensor", expr.span)
+            refuse(
+                "E102", "a slice stands only behind a tensor", expr.span, hint="as in `A[:, :in]`"
+            )
         value = self.tensor(expr.value)
         if len(expr.items) > len(value.shape):
             refuse("E108", f"{show(value.shape)} has fewer axes than there are slices", expr.span)
         bounds: list[Attribute] = []
         for axis, item in zip(value.shape, expr.items, strict=False):
             if item.step is not None:
-                refuse("E102", "slices of tensors have no step", item.span)
+                refuse(
+                    "E102", "slices of tensors have no step", item.span, hint="as in `A[:, :in]`"
+                )
             bounds.append(
                 (self._bound(item.start, axis, size(0)), self._bound(item.stop, axis, axis))
             )
@@ -221,6 +246,10 @@ class Tensors(Scalars):
             return default
         bound = self.size(expr)
         return axis + bound if bound.number is not None and bound.number < 0 else bound
+
+
+def _form(expr: ast.Call, spelled: Sequence[str]) -> str:
+    return f"{expr.function}({', '.join(spelled)}) is what is meant"
 
 
 def _is_tensor(value: object) -> bool:
@@ -256,7 +285,7 @@ def _layout_of(self: Tensors, expr: ast.Call) -> object:
     wanted = 2 if expr.function == "reduce" else 1
     if len(texts) != wanted or not all(isinstance(t, str) for t in texts):
         form = 'tensor, "pattern", "sum"' if wanted == 2 else 'tensor, "pattern"'
-        refuse("E104", f"{expr.function}({form}, axis = …) is what is meant", expr.span)
+        refuse("E104", "a pattern is missing", expr.span, hint=f"{expr.function}({form}, axis = …)")
     attrs: dict[str, Attribute] = {"pattern": cast(str, texts[0])}
     if wanted == 2:
         attrs["by"] = cast(str, texts[1])
@@ -273,13 +302,18 @@ def _concat_of(self: Tensors, expr: ast.Call) -> object:
             unknown_name(keyword.name, keyword.span, ["axis"], "argument")
         axis = scalars.plain(self.number(keyword.value))
     if not isinstance(axis, int) or not expr.arguments:
-        refuse("E104", "concat(A, B, …, axis = 0) is what is meant", expr.span)
+        refuse("E104", "concat() joins tensors", expr.span, hint="concat(A, B, …, axis = 0)")
     return self.build(expr, "concat", *(self.tensor(a) for a in expr.arguments), axis=axis)
 
 
 def _only(expr: ast.Call) -> ast.Expression:
     if len(expr.arguments) != 1 or expr.keywords:
-        refuse("E104", f"{expr.function}() takes one argument", expr.span)
+        refuse(
+            "E104",
+            f"{expr.function}() takes one argument",
+            expr.span,
+            hint=_form(expr, ("M" if expr.function != "drop" else "p",)),
+        )
     return expr.arguments[0]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ METHODS = ("bone(r=4)", "dora(r=3)", 'ia3(side="in")', "vera(r=5)", "oft(block_s
 
 def llama() -> nn.Module:
     """A Llama of two layers with sizes that are not all alike."""
-    torch.manual_seed(0)
+    cast(Any, torch).manual_seed(0)
     config = LlamaConfig(
         hidden_size=24,
         intermediate_size=40,

@@ -1,0 +1,103 @@
+"""How parameters begin: one stream each, whatever is drawn before it, and the right spread."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from surgery.algebra.beginnings import DISTRIBUTIONS, draw, stream
+
+NAMES = [
+    ("default", "layers.0.q", "A"),
+    ("default", "layers.0.q", "B"),
+    ("code", "layers.0.q", "A"),
+]
+
+
+@given(st.permutations(range(len(NAMES))), st.integers(0, 2**64))
+def test_a_stream_does_not_depend_on_what_is_drawn_before(order: list[int], seed: int) -> None:
+    alone = [draw("normal", {}, (5, 3), stream(seed, *names)) for names in NAMES]
+    mixed = {i: draw("normal", {}, (5, 3), stream(seed, *NAMES[i])) for i in order}
+    assert all(torch.equal(mixed[i], tensor) for i, tensor in enumerate(alone))
+    assert not torch.equal(alone[0], alone[1])
+    assert not torch.equal(alone[0], alone[2])
+
+
+@given(st.integers(0, 2**32), st.integers(0, 2**32))
+def test_another_seed_is_another_stream(a: int, b: int) -> None:
+    same = torch.equal(
+        draw("normal", {}, (7,), stream(a, "A")), draw("normal", {}, (7,), stream(b, "A"))
+    )
+    assert same is (a == b)
+
+
+def test_names_are_kept_apart() -> None:
+    assert stream("a", "bc").initial_seed() != stream("ab", "c").initial_seed()
+
+
+def test_the_global_generator_is_not_touched() -> None:
+    before = torch.get_rng_state()
+    for name in DISTRIBUTIONS:
+        draw(name, {}, (11, 7), stream(0, name))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_draws_are_float32_on_the_cpu_whatever_the_default_is(name: str) -> None:
+    expected = draw(name, {}, (11, 7), stream(3, name))
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = draw(name, {}, (11, 7), stream(3, name))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    assert found.device.type == "cpu"
+    assert torch.equal(found, expected)
+
+
+FAN_IN, FAN_OUT = 113, 211
+
+# The standard deviation that each is known for, on a matrix [FAN_OUT, FAN_IN].
+SPREADS: list[tuple[str, Mapping[str, float], float, float]] = [
+    ("uniform", {"low": -2, "high": 4}, 1.0, 6 / math.sqrt(12)),
+    ("normal", {"mean": 3, "std": 2}, 3.0, 2.0),
+    ("kaiming_uniform", {"a": math.sqrt(5)}, 0.0, 1 / math.sqrt(3 * FAN_IN)),
+    ("kaiming_normal", {}, 0.0, math.sqrt(2 / FAN_IN)),
+    ("xavier_uniform", {"gain": 2}, 0.0, 2 * math.sqrt(2 / (FAN_IN + FAN_OUT))),
+    ("xavier_normal", {}, 0.0, math.sqrt(2 / (FAN_IN + FAN_OUT))),
+]
+
+
+def test_every_distribution_has_its_spread() -> None:
+    assert {name for name, *_ in SPREADS} == DISTRIBUTIONS.keys()
+
+
+@pytest.mark.parametrize(("name", "arguments", "mean", "std"), SPREADS)
+def test_the_spread_is_the_one_it_is_known_for(
+    name: str, arguments: Mapping[str, float], mean: float, std: float
+) -> None:
+    found = draw(name, arguments, (FAN_OUT, FAN_IN), stream(1, name))
+    assert float(found.mean()) == pytest.approx(mean, abs=0.03 * std)
+    assert float(found.std()) == pytest.approx(std, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "reason"),
+    [
+        ("uniform", {"low": 2.0}, "low is above high"),
+        ("normal", {"std": -1.0}, "std = -1 is below 0"),
+        ("xavier_normal", {"gain": -0.5}, "gain = -0.5 is below 0"),
+        ("kaiming_uniform", {"a": 1e31}, "a = 1e+31 is too large"),
+        ("uniform", {}, ""),
+    ],
+)
+def test_arguments_that_torch_would_not_take_have_an_objection(
+    name: str, arguments: Mapping[str, float], reason: str
+) -> None:
+    row = DISTRIBUTIONS[name]
+    assert row.objection({**row.arguments, **arguments}) == reason

@@ -1,0 +1,151 @@
+"""What is derived from the methods of the library: soundness, merge, and the way back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from surgery.algebra.cost import numbers
+from surgery.algebra.definitions import check_definition
+from surgery.algebra.derive import Derived, derive, parameters_in
+from surgery.algebra.elaborate import asks_sizes, instantiate
+from surgery.algebra.expr import WEIGHT, Expr, depends_on
+from surgery.algebra.interpret import Domain, Evaluator
+from surgery.language import syntax as ast
+from surgery.language.library import Library
+from surgery.language.parse import parse
+
+SITE = {"in": 12, "out": 20, "channels": 12}
+LIBRARY = Library.standard()
+
+# Arguments that fit the site, and how a merge with them can be taken back.
+CASES: dict[str, list[tuple[dict[str, object], str]]] = {
+    "lora": [
+        ({"r": 5, "alpha": 3.0, "dropout": 0.0, "rslora": False}, "algebraic"),
+        ({"r": 5, "alpha": 3.0, "dropout": 0.1, "rslora": True}, "algebraic"),
+    ],
+    "dora": [
+        ({"r": 5, "alpha": 3.0, "dropout": 0.0, "rslora": False}, "witness"),
+        ({"r": 5, "alpha": 3.0, "dropout": 0.1, "rslora": True}, "witness"),
+    ],
+    "ia3": [({"side": "out"}, "algebraic"), ({"side": "in"}, "algebraic")],
+    "vera": [
+        ({"r": 7, "projection_prng_key": 0, "dropout": 0.1, "d_initial": 0.1}, "algebraic"),
+    ],
+    "oft": [({"block_size": 4, "r": 0}, "algebraic"), ({"block_size": 0, "r": 3}, "algebraic")],
+    "bone": [({"r": 5}, "algebraic")],
+    "bat": [({"r": 4}, "algebraic")],
+    "miss": [
+        ({"r": 4, "mini_r": 1, "init_weights": kind, "dropout": 0.0}, "algebraic")
+        for kind in ("default", "mini", "bat")
+    ],
+}
+EVERY = [(name, *case) for name, cases in CASES.items() for case in cases]
+
+
+def method(name: str) -> ast.Method:
+    found = LIBRARY.method(name)
+    assert found is not None
+    return found
+
+
+def derived(name: str, arguments: dict[str, object], has_bias: bool = True) -> Derived:
+    equations = instantiate(method(name), tuple(arguments.items()), tuple(SITE.items()))
+    return derive(equations, has_bias)
+
+
+def leaf(expr: Expr) -> Tensor:
+    name = expr.text("name") if expr.op == "parameter" else expr.op
+    generator = torch.Generator().manual_seed(sum(map(ord, name)))
+    return torch.randn(numbers(expr, SITE), generator=generator, dtype=torch.float64)
+
+
+def values(known: dict[str, Tensor] | None = None) -> Evaluator:
+    def found(expr: Expr) -> Tensor:
+        name = expr.text("name") if expr.op == "witness" else expr.op
+        return (known or {}).get(name, None) if name in (known or {}) else leaf(expr)  # type: ignore
+
+    return Evaluator(Domain(SITE, found, lambda: torch.zeros((), dtype=torch.float64)))
+
+
+def test_every_method_of_the_library_has_its_cases() -> None:
+    assert set(LIBRARY.names()) == CASES.keys()
+
+
+@pytest.mark.parametrize("name", LIBRARY.names())
+def test_every_method_of_the_library_is_sound(name: str) -> None:
+    assert check_definition(method(name)) == ()
+
+
+@pytest.mark.parametrize(("name", "arguments", "merge_class"), EVERY)
+def test_a_merge_is_taken_back_by_what_it_keeps(
+    name: str, arguments: dict[str, object], merge_class: str
+) -> None:
+    found = derived(name, arguments)
+    assert found.merge_class == merge_class
+    assert found.still is not None
+    assert found.inverse.weight is not None
+    assert not depends_on(found.inverse.weight, WEIGHT)
+    merged = values().value(found.still.weight)
+    kept = {n: values().value(e) for n, e in found.inverse.witnesses}
+    back = values({"merged": merged, **kept}).value(found.inverse.weight)
+    torch.testing.assert_close(back, leaf(WEIGHT), rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(merged, leaf(WEIGHT))
+
+
+@pytest.mark.parametrize(("name", "arguments", "merge_class"), EVERY)
+def test_every_parameter_has_a_part_in_the_merge(
+    name: str, arguments: dict[str, object], merge_class: str
+) -> None:
+    del merge_class
+    found = derived(name, arguments)
+    assert found.merged is not None
+    names = parameters_in(found.merged.weight) | parameters_in(found.merged.bias)
+    assert names == {p.name for p in found.equations.parameters}
+
+
+def test_a_norm_of_the_weight_is_the_only_thing_to_keep() -> None:
+    arguments: dict[str, object] = {"r": 5, "alpha": 3.0, "dropout": 0.1, "rslora": False}
+    found = derived("dora", arguments)
+    ((name, witness),) = found.inverse.witnesses
+    assert name == "witness0"
+    assert numbers(witness, SITE) == (20,)
+
+
+def test_scaled_outputs_scale_the_bias_and_scaled_inputs_do_not() -> None:
+    out = derived("ia3", {"side": "out"}).merged
+    into = derived("ia3", {"side": "in"}).merged
+    assert out is not None
+    assert into is not None
+    x = torch.randn(3, 12, dtype=torch.float64)
+    w, b, l_out = leaf(WEIGHT), values().value(out.bias), torch.Generator()
+    del l_out
+    y = F.linear(x, values().value(out.weight), b)
+    factor = b / values().value(into.bias)
+    torch.testing.assert_close(y, factor * F.linear(x, w, values().value(into.bias)))
+    assert derived("ia3", {"side": "out"}, has_bias=False).still is not None
+
+
+SIZED = """method sized() on matrix {
+  train A[2, in] ~ uniform(low = 0 - 1 / in, high = 1 / in)
+  train B[out, 2] = 0
+  if in % 8 == 0 { W' = W + B @ A } else { W' = W - B @ A }
+}
+match /q/ apply sized()"""
+
+
+def test_sizes_decide_conditions_and_draws_at_a_site() -> None:
+    (sized, _) = parse(SIZED).statements
+    assert isinstance(sized, ast.Method)
+    assert asks_sizes(sized)
+    assert not asks_sizes(method("lora"))
+    sixteen = instantiate(sized, (), (("in", 16), ("out", 5), ("channels", 16)))
+    twelve = instantiate(sized, (), (("in", 12), ("out", 5), ("channels", 12)))
+    assert sixteen.weight is not None
+    assert twelve.weight is not None
+    assert (sixteen.weight.op, twelve.weight.op) == ("add", "sub")
+    beginning = sixteen.parameters[0].beginning
+    assert not isinstance(beginning, Expr)
+    assert dict(beginning.arguments) == {"low": -1 / 16, "high": 1 / 16}
