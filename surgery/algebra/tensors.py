@@ -192,7 +192,7 @@ class Tensors(Scalars):
         name, tensors = expr.function, spelled.count("tensor")
         values = [self(a) for a in expr.arguments[:tensors]]
         if name in scalars.SCALAR_FUNCTIONS and not any(map(_is_tensor, values)):
-            return self.computed(expr, values)
+            return self.computed(expr, [*values, *map(self, expr.arguments[tensors:])])
         given = self._named(expr, spelled)
         if len(values) < tensors or len(given) < len(spelled) - tensors:
             refuse(
@@ -229,7 +229,12 @@ class Tensors(Scalars):
             )
         value = self.tensor(expr.value)
         if len(expr.items) > len(value.shape):
-            refuse("E108", f"{show(value.shape)} has fewer axes than there are slices", expr.span)
+            refuse(
+                "E108",
+                f"there are {len(expr.items)} slices",
+                expr.span,
+                label=f"of {show(value.shape)}",
+            )
         bounds: list[Attribute] = []
         for axis, item in zip(value.shape, expr.items, strict=False):
             if item.step is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from surgery.algebra.cost import numbers
 from surgery.algebra.definitions import check_definition
 from surgery.algebra.derive import Derived, derive, parameters_in
 from surgery.algebra.elaborate import asks_sizes, instantiate
-from surgery.algebra.expr import WEIGHT, Expr, depends_on
+from surgery.algebra.expr import BIAS, CHANNELS, OUT, WEIGHT, Expr, depends_on, parameter
 from surgery.algebra.interpret import Domain, Evaluator
 from surgery.language import syntax as ast
 from surgery.language.library import Library
@@ -62,10 +64,12 @@ def leaf(expr: Expr) -> Tensor:
     return torch.randn(numbers(expr, SITE), generator=generator, dtype=torch.float64)
 
 
-def values(known: dict[str, Tensor] | None = None) -> Evaluator:
+def values(known: Mapping[str, Tensor] | None = None) -> Evaluator:
+    given = known or {}
+
     def found(expr: Expr) -> Tensor:
         name = expr.text("name") if expr.op == "witness" else expr.op
-        return (known or {}).get(name, None) if name in (known or {}) else leaf(expr)  # type: ignore
+        return given[name] if name in given else leaf(expr)
 
     return Evaluator(Domain(SITE, found, lambda: torch.zeros((), dtype=torch.float64)))
 
@@ -120,12 +124,12 @@ def test_scaled_outputs_scale_the_bias_and_scaled_inputs_do_not() -> None:
     assert out is not None
     assert into is not None
     x = torch.randn(3, 12, dtype=torch.float64)
-    w, b, l_out = leaf(WEIGHT), values().value(out.bias), torch.Generator()
-    del l_out
-    y = F.linear(x, values().value(out.weight), b)
-    factor = b / values().value(into.bias)
-    torch.testing.assert_close(y, factor * F.linear(x, w, values().value(into.bias)))
-    assert derived("ia3", {"side": "out"}, has_bias=False).still is not None
+    w, b = leaf(WEIGHT), leaf(BIAS)
+    factors = {"out": leaf(parameter("l", (OUT,))), "in": leaf(parameter("l", (CHANNELS,)))}
+    by_out = F.linear(x, values().value(out.weight), values().value(out.bias))
+    by_in = F.linear(x, values().value(into.weight), values().value(into.bias))
+    torch.testing.assert_close(by_out, factors["out"] * F.linear(x, w, b))
+    torch.testing.assert_close(by_in, F.linear(factors["in"] * x, w, b))
 
 
 SIZED = """method sized() on matrix {
