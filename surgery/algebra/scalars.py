@@ -296,7 +296,9 @@ def typed(value: object, wanted: ast.ValueType, name: str, span: Span) -> object
     What is not known yet passes. Raises DefinitionError (E119).
     """
     found = plain(value)
-    if isinstance(found, Size) or (isinstance(found, Open) and found.type in (None, wanted)):
+    if isinstance(found, Size) and wanted in ("int", "float"):
+        return found
+    if isinstance(found, Open) and found.type in (None, wanted):
         return found
     if isinstance(found, int | float) and not abs(found) < 2**MAX_BITS:
         refuse("E119", f"`{name}` is {_shown(found)}", span, label="a finite number is needed")
