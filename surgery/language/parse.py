@@ -16,9 +16,9 @@ from surgery.language.outline import Outline, Piece, outline
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 100
 
-# The tree of an expression may be deeper than its brackets, such as a sum of many terms; passes
-# over it recurse.
-_MAX_LEVELS = 3 * MAX_DEPTH
+# The tree of an expression may be deeper than its brackets, such as a sum of many terms. Passes
+# over it recurse, up to four calls a level, and a statement has some levels of its own.
+_MAX_LEVELS = MAX_DEPTH + 20
 _MAX_FINDINGS = 40
 
 
