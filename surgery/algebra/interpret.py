@@ -18,7 +18,7 @@ from surgery.algebra.axes import Scalar, evaluate
 from surgery.algebra.cost import apply_cost, cheapest, numbers, value_cost
 from surgery.algebra.derive import Derived
 from surgery.algebra.expr import BIAS, INPUT, OUT, OUTPUT, WEIGHT, Expr, depends_on, number, walk
-from surgery.algebra.ops import OPS
+from surgery.algebra.ops import OPS, through
 from surgery.algebra.rules import constant, is_zero, make
 from surgery.algebra.values import Facts
 
@@ -174,7 +174,7 @@ class Interpreter(Evaluator):
     def _structured(self, expr: Expr, v: Vector) -> Vector | None:
         if expr is WEIGHT:
             return self.base(v)
-        rule = OPS[expr.op].apply if expr.op in OPS else None
+        rule = OPS[expr.op].apply if through(expr) is not None else None
         return rule(self, expr, v) if rule else None
 
     def _dense(self, expr: Expr, v: Vector) -> Vector:

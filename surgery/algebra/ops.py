@@ -43,8 +43,9 @@ def _second(expr: Expr) -> tuple[int, ...]:
     return (1,)
 
 
-def _both(expr: Expr) -> tuple[int, ...]:
-    return (0, 1)
+def _both(expr: Expr) -> tuple[int, ...] | None:
+    # A number that is added to a matrix is one in every place, and has no structure to use.
+    return None if any(a.is_scalar for a in expr.args) else (0, 1)
 
 
 def _beside_number(expr: Expr) -> tuple[int, ...] | None:
