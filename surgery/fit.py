@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 
 from surgery.algebra.axes import Size, evaluate
@@ -19,7 +21,7 @@ from surgery.planned import SiteClass
 
 
 def misfits(form: SiteClass, application: ast.Application, site: Site) -> Iterator[Diagnostic]:
-    """Sizes that are not whole, at this shape of site."""
+    """The first number that is not what it must be, at this shape of site."""
     equations = form.derived.equations
     still = form.derived.still
     if still is not None and not (is_zero(still.bias) or takes_bias(site.module)):
@@ -30,38 +32,65 @@ def misfits(form: SiteClass, application: ast.Application, site: Site) -> Iterat
             hint="exclude such sites with `except`",
         )
         return
-    for length, least, where in _lengths(equations):
-        value = evaluate(length, form.names)
-        if isinstance(value, int) and value >= least:
+    for demand in _demands(equations):
+        value = evaluate(demand.value, form.names)
+        if demand.met(value):
             continue
         yield Diagnostic(
             "E301",
             f"{application.method} does not fit `{site.path}` "
             f"[out={form.sizes.fan_out}, in={form.sizes.fan_in}]: "
-            f"{length} = {value:g} is not a whole size",
+            f"{demand.value} = {value:g} is {demand.otherwise}",
             application.span,
-            hint=_nearest_fit(form, length),
-            related=(("needed here", where),) if where else (),
+            hint=_nearest_fit(form, demand.value),
+            related=(("needed here", demand.where),) if demand.where else (),
         )
         return
 
 
-def _lengths(equations: Equations) -> Iterator[tuple[Size, int, Span | None]]:
-    """Every size that must be whole, the least it may be, and where it is asked for."""
+@dataclass(frozen=True, slots=True)
+class _Demand:
+    """What a number must be at a site, and what is said if it is `otherwise`."""
+
+    value: Size
+    met: Callable[[int | float], bool]
+    otherwise: str
+    where: Span | None
+
+
+def _demands(equations: Equations) -> Iterator[_Demand]:
     for p in equations.parameters:
         for length in p.shape:
-            yield length, 1, p.span
+            yield _whole(length, 1, p.span)
         if isinstance(p.beginning, Expr):
-            yield from ((length, least, p.span) for length, least in _sizes(p.beginning))
+            yield from _within(p.beginning, p.span)
     for root in (equations.weight, equations.bias, equations.input, equations.output):
         if root is not None:
-            yield from ((length, least, None) for length, least in _sizes(root))
+            yield from _within(root, None)
 
 
-def _sizes(root: Expr) -> Iterator[tuple[Size, int]]:
+def _within(root: Expr, where: Span | None) -> Iterator[_Demand]:
     for expr in walk(root):
-        yield from ((length, 1) for length in expr.shape if length != TOKENS)
-        yield from hidden_sizes(expr)
+        for length in expr.shape:
+            if length != TOKENS:
+                yield _whole(length, 1, where)
+        for length, least in hidden_sizes(expr):
+            yield _whole(length, least, where)
+        for name, value in expr.attrs:
+            if isinstance(value, Size):
+                yield _part(value, where) if name == "p" else _finite(value, where)
+
+
+def _whole(value: Size, least: int, where: Span | None) -> _Demand:
+    return _Demand(value, lambda v: isinstance(v, int) and v >= least, "not a whole size", where)
+
+
+def _finite(value: Size, where: Span | None) -> _Demand:
+    return _Demand(value, math.isfinite, "no number", where)
+
+
+def _part(value: Size, where: Span | None) -> _Demand:
+    return _Demand(value, lambda v: 0 <= v < 1, "no part that can be dropped", where)
 
 
 def _nearest_fit(form: SiteClass, length: Size) -> str:
@@ -83,5 +112,4 @@ def _fits(form: SiteClass, given: Mapping[str, object]) -> bool:
         equations = instantiate(form.method, tuple(given.items()), sizes)
     except SurgeryError:
         return False
-    values = ((evaluate(s, form.names), least) for s, least, _ in _lengths(equations))
-    return all(isinstance(v, int) and v >= least for v, least in values)
+    return all(d.met(evaluate(d.value, form.names)) for d in _demands(equations))

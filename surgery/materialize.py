@@ -102,7 +102,9 @@ class _Leaves:
             case "weight":
                 return _double(read(module, self.site.form.kind))
             case _:
-                return _double(read_bias(module))
+                bias = read_bias(module)
+                absent = torch.zeros(self.site.form.sizes.fan_out, dtype=torch.float64)
+                return absent if bias is None else _double(bias)
 
 
 def _double(tensor: Tensor | None) -> Tensor:

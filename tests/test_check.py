@@ -278,6 +278,26 @@ def test_no_mutation_raises_anything_but_a_surgery_error(seed: int, count: int) 
     assert time.perf_counter() - start < 3
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        "1" + " + 1" * 113,
+        "-" * 112 + "1",
+        "1" + " ** 1" * 113,
+        "1 if true else " * 113 + "1",
+        "1 if " + "not " * 108 + "true else 2",
+        "1 if " + " and ".join(["layer > 1"] * 108) + " else 2",
+        "(" * 98 + "1" + ")" * 98,
+        "sqrt(" * 98 + "1" + ")" * 98,
+    ],
+)
+def test_what_is_just_not_too_deep_is_read_far_down_the_stack(value: str) -> None:
+    def down(levels: int) -> list[Diagnostic]:
+        return down(levels - 1) if levels else found(f"match /q/ apply lora(r = {value})")
+
+    assert down(200) == []
+
+
 def test_the_valid_one_is_valid() -> None:
     assert found(VALID) == []
 

@@ -148,14 +148,24 @@ class Maker:
                 return raw(form, self.matrix(shape, below), self.matrix(shape, below))
             case "transpose":
                 return raw(form, self.matrix((n, m), below))
-            case "div":
-                return raw(form, self.matrix(shape, below), self.nonzero())
-            case "scalar" | "scale_rows" | "scale_cols":
-                factor = {"scalar": self.scalar, "scale_rows": lambda: self.vector(m)}
-                made = factor.get(form, lambda: self.vector(n))()
-                return raw("mul" if form == "scalar" else form, made, self.matrix(shape, below))
+            case "div" | "scalar" | "shifted" | "scale_rows" | "scale_cols":
+                return self.beside(form, shape, self.matrix(shape, below))
             case _:
                 return raw(form, self.matrix(shape, below))
+
+    def beside(self, form: str, shape: Shape, matrix: Expr) -> Expr:
+        """A matrix combined with a number or a vector."""
+        match form:
+            case "shifted":
+                pair = [self.scalar(), matrix]
+                self.random.shuffle(pair)
+                return raw(self.random.choice(["add", "sub"]), *pair)
+            case "div":
+                return raw(form, matrix, self.nonzero())
+            case "scalar":
+                return raw("mul", self.scalar(), matrix)
+            case _:
+                return raw(form, self.vector(shape[form == "scale_cols"]), matrix)
 
     def factored(self, shape: Shape) -> Expr:
         """Two products that share a factor."""
@@ -198,7 +208,7 @@ class Maker:
 
 
 _FORMS = (
-    *("matmul", "matmul", "factored", "add", "sub", "mul", "scalar", "scalar", "div"),
+    *("matmul", "matmul", "factored", "add", "sub", "mul", "scalar", "scalar", "shifted", "div"),
     *("scale_rows", "scale_cols", "transpose", "neg", "tanh", "stop_gradient"),
 )
 
@@ -369,6 +379,20 @@ def test_no_matrix_mixes_outputs_that_are_made_group_by_group() -> None:
     x = torch.rand(2, 5, 18, dtype=torch.float64)
     with pytest.raises(Unlowerable, match="group by group"):
         Interpreter(domain(), Port("patches", groups=3), has_bias=False).run(derived, x)
+
+
+def test_a_deep_equation_runs_far_down_the_stack() -> None:
+    weight, other = WEIGHT, parameter("A", WEIGHT.shape)
+    for _ in range(24):
+        weight = make("tanh", make("add", make("mul", number(2), weight), other))
+        weight = make("scale_rows", parameter("V", (OUT,)), weight)
+    assert weight.depth == 96
+    x = torch.rand(2, 6, dtype=torch.float64)
+
+    def down(levels: int) -> Tensor:
+        return down(levels - 1) if levels else run(weight, Port(bias=True), x)
+
+    same(down(200), F.linear(x, plain_value(weight), leaf(BIAS)))
 
 
 def test_a_matrix_that_is_squared_too_often_is_refused_and_not_run() -> None:
