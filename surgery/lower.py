@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_aggregate
 from torch.fx.proxy import GraphAppendingTracer
 
 from surgery.algebra.expr import Expr
@@ -104,6 +105,40 @@ def key_of(plan: Plan, form: SiteClass, adapter: str) -> Lowering:
 # ------------------------------------------------------------------------------- the graph
 
 
+class _Value(fx.Proxy):
+    """A value in the graph.
+
+    Whatever is called with one is a function: a method of it never comes this way. `fx.Proxy` would
+    ask torch, which makes a table of all that can be overridden for the answer.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        orig_method: Callable[..., Any],
+        types: tuple[type, ...],
+        args: tuple[Any, ...] | None = None,
+        kwargs: dict[str, Any] | None = None,
+    ) -> fx.Proxy:
+        del types
+        found: list[fx.Proxy] = []
+        map_aggregate(cast(Any, (args, kwargs)), lambda a: _noted(a, found))
+        return found[0].tracer.create_proxy("call_function", orig_method, args or (), kwargs or {})
+
+
+def _noted(value: Any, found: list[fx.Proxy]) -> Any:
+    if isinstance(value, fx.Proxy):
+        found.append(value)
+    return value
+
+
+class _Tracer(GraphAppendingTracer):
+    """Appends to a graph, in values of the class above."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Value(node, self)
+
+
 class _GraphPort:
     """What a site offers, as nodes of a graph."""
 
@@ -120,7 +155,7 @@ class _GraphPort:
 
     def attribute(self, path: str) -> Any:
         """A node that reads an attribute of the site."""
-        return fx.Proxy(self.graph.get_attr(path), self.tracer)
+        return self.tracer.proxy(self.graph.get_attr(path))
 
     def function(self, target: Callable[..., Any], *args: Any) -> Any:
         """A node that calls a function which proxies do not see by themselves."""
@@ -166,8 +201,8 @@ class _GraphPort:
 def _build(key: Lowering) -> fx.Graph:
     form = key.form
     graph = fx.Graph()
-    tracer = GraphAppendingTracer(graph)
-    x = fx.Proxy(graph.placeholder(form.kind.argument), tracer)
+    tracer = _Tracer(graph)
+    x = tracer.proxy(graph.placeholder(form.kind.argument))
     port = _GraphPort(graph, tracer, form)
     leaves = _Leaves(key, port)
     port.anchor = leaves.anchor

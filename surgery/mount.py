@@ -98,16 +98,19 @@ class Tensors:
     trained: frozenset[str]
 
 
-def add_parameters(module: nn.Module, adapter: str, tensors: Tensors) -> Holder:
-    """Keep an adapter's parameters under `<module>.surgery.<adapter>`; gives their holder."""
+def add_holder(module: nn.Module, adapter: str) -> Holder:
+    """The holder of an adapter's parameters, `<module>.surgery.<adapter>`; made if need be."""
     holder = holder_of(module)
     if holder is None:
         holder = Holder()
         module.add_module(ADAPTERS, holder)
-    child = holder_at(holder, adapter)
+    return holder_at(holder, adapter)
+
+
+def add_parameters(holder: Holder, tensors: Tensors) -> None:
+    """Let a holder keep some parameters."""
     for name, value in tensors.values.items():
-        child.register_parameter(name, nn.Parameter(value, requires_grad=name in tensors.trained))
-    return child
+        holder.register_parameter(name, nn.Parameter(value, requires_grad=name in tensors.trained))
 
 
 def holder_at(holder: nn.Module, *names: str) -> Holder:
@@ -149,18 +152,14 @@ def parameter_of(module: nn.Module, adapter: str, name: str) -> nn.Parameter:
     return cast("dict[str, nn.Parameter]", vars(child)["_parameters"])[name]
 
 
-def requires_grad_flags(model: nn.Module) -> dict[str, bool]:
-    """The flag of every base parameter, by name; tied ones under each name."""
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The base's own parameters by name; tied ones under each name."""
     named = model.named_parameters(remove_duplicate=False)
-    return {n: p.requires_grad for n, p in named if not under_adapters(n)}
+    return {name: p for name, p in named if not under_adapters(name)}
 
 
-def set_requires_grad(model: nn.Module, flags: Mapping[str, bool] | None) -> None:
-    """Set the flags of the base's parameters; None stops them all."""
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if under_adapters(name):
-            continue
-        if flags is None:
-            parameter.requires_grad_(False)
-        elif name in flags:
+def set_requires_grad(model: nn.Module, flags: Mapping[str, bool]) -> None:
+    """Set the flags of the base's parameters, by name."""
+    for name, parameter in base_parameters(model).items():
+        if name in flags:
             parameter.requires_grad_(flags[name])

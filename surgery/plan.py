@@ -21,7 +21,6 @@ from surgery.check import Arguments, Names, Resolved, arguments, site_dependent
 from surgery.errors import Diagnostic, Report, Span, SurgeryError
 from surgery.fit import misfits
 from surgery.language import syntax as ast
-from surgery.model.holder import under_adapters
 from surgery.model.sites import Inventory, Site, admit, select, survey
 from surgery.planned import Plan, PlannedSite, SharedParameter, SiteClass
 
@@ -51,14 +50,14 @@ def plan(resolved: Resolved, model: nn.Module, dtype: torch.dtype | None = None)
     planner = _Planner(resolved, inventory, dtype, report)
     sites = tuple(planner.sites())
     report.stop()
-    return _planned(resolved, model, sites, report)
+    return _planned(resolved, inventory, sites, report)
 
 
 def _planned(
-    resolved: Resolved, model: nn.Module, sites: tuple[PlannedSite, ...], report: Report
+    resolved: Resolved, inventory: Inventory, sites: tuple[PlannedSite, ...], report: Report
 ) -> Plan:
     shared = tuple(_shared(sites))
-    base = {id(p): p for n, p in model.named_parameters() if not under_adapters(n)}
+    base = {id(p): p for p in inventory.parameters()}
     made = Plan(
         resolved,
         sites,
@@ -109,7 +108,7 @@ def plan_assignments(
         if site is not None and form is not None:
             sites.append(PlannedSite(site, adapter, form, one.span))
     report.stop()
-    return _planned(resolved, model, tuple(sites), report)
+    return _planned(resolved, inventory, tuple(sites), report)
 
 
 class _Planner:

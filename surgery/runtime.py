@@ -217,14 +217,17 @@ def _put_on(model: nn.Module, made: Plan, seed: int, given: Mapping[str, Tensor]
     if state.is_merged:
         refuse("E402", f"`{state.live}` is merged", hint="unmerge() before adding adapters")
     fresh = state_of(model) is None
-    flags = mount.requires_grad_flags(model)
+    base = mount.base_parameters(model)
+    flags = {name: p.requires_grad for name, p in base.items()}
     try:
-        for site in made.sites:
-            mount.add_parameters(site.site.module, site.adapter, mount.Tensors({}, frozenset()))
+        holders = [mount.add_holder(s.site.module, s.adapter) for s in made.sites]
         adopt(model)  # a hook may now tell where the sites run, and so where tensors belong
         tensors = [materialize.site_tensors(s, seed, _given_at(s, given)) for s in made.sites]
-        _add(model, made, tensors, seed, given)
-        mount.set_requires_grad(model, None)
+        banks = _add_banks(model, made, seed, given)
+        for site, holder, values in zip(made.sites, holders, tensors, strict=True):
+            _fill(holder, site, values, banks)
+        for parameter in base.values():
+            parameter.requires_grad_(False)
         _register(model, state, made, seed, flags if fresh else state.flags)
     except BaseException:
         _take_off(model, made, state, flags, fresh)
@@ -251,19 +254,16 @@ def _given_at(site: PlannedSite, given: Mapping[str, Tensor]) -> dict[str, Tenso
     return {p.name: given[prefix + p.name] for p in site.form.parameters if not p.shared}
 
 
-def _add(
-    model: nn.Module,
-    made: Plan,
-    tensors: list[dict[str, Tensor]],
-    seed: int,
-    given: Mapping[str, Tensor],
+def _fill(
+    holder: mount.Holder,
+    site: PlannedSite,
+    values: Mapping[str, Tensor],
+    banks: Mapping[str, mount.Holder],
 ) -> None:
-    banks = _add_banks(model, made, seed, given)
-    for site, values in zip(made.sites, tensors, strict=True):
-        trained = frozenset(p.name for p in site.form.parameters if p.trained)
-        child = mount.add_parameters(site.site.module, site.adapter, mount.Tensors(values, trained))
-        if site.adapter in banks and any(p.shared for p in site.form.parameters):
-            mount.link_shared(child, banks[site.adapter])
+    trained = frozenset(p.name for p in site.form.parameters if p.trained)
+    mount.add_parameters(holder, mount.Tensors(values, trained))
+    if site.adapter in banks and any(p.shared for p in site.form.parameters):
+        mount.link_shared(holder, banks[site.adapter])
 
 
 def _add_banks(
@@ -273,7 +273,7 @@ def _add_banks(
     banks: dict[str, mount.Holder] = {}
     for shared in made.shared:
         group = made.groups[shared.key]
-        child = mount.add_parameters(model, shared.adapter, mount.Tensors({}, frozenset()))
+        child = mount.add_holder(model, shared.adapter)
         bank = mount.holder_at(child, SHARED)
         banks[shared.adapter] = bank
         value = given.get(shared_name(shared.adapter, group, shared.parameter.name))
@@ -391,7 +391,9 @@ def _begin_pending(model: nn.Module, adapter: Adapter) -> None:
         values = materialize.site_tensors(site, adapter.seed, ready)
         trained = frozenset(p.name for p in site.form.parameters if p.trained)
         waiting = {n: v for n, v in values.items() if known[n].device != v.device}
-        mount.add_parameters(site.site.module, adapter.name, mount.Tensors(waiting, trained))
+        mount.add_parameters(
+            mount.add_holder(site.site.module, adapter.name), mount.Tensors(waiting, trained)
+        )
     for shared in adapter.plan.shared:
         if shared.adapter == adapter.name:
             _begin_shared(model, adapter, shared)

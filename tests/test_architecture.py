@@ -44,7 +44,7 @@ BY_NAME = {"model/hooked.py", "artifact.py", "integrations/transformers.py"}
 """The modules that import another by its name: an integration, when a model or a folder asks for
 it; and the library or the trusted factory that a caller names as a model."""
 
-LATE = ("lark", "safetensors", "transformers", "accelerate", "typer", "rich", "einops")
+LATE = ("safetensors", "transformers", "accelerate", "typer", "rich", "einops")
 """What `import surgery` must not import: each costs more than the package itself."""
 
 METHODS = tuple(sorted(path.stem for path in (ROOT / "specs" / "methods").glob("*.peft")))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
+
+from lark.exceptions import UnexpectedInput
 
 from surgery.errors import Diagnostic, Report, Source, Span, error_of, refuse
 from surgery.language import syntax as ast
 from surgery.language.build import BUILDERS
 from surgery.language.complaints import LATER, RESERVED, complaint
 from surgery.language.outline import Outline, Piece, outline
+from surgery.language.tables import load_parser
 
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 100
@@ -20,6 +22,8 @@ MAX_DEPTH = 100
 # over it recurse, up to four calls a level, and a statement has some levels of its own.
 _MAX_LEVELS = MAX_DEPTH + 20
 _MAX_FINDINGS = 40
+
+_PARSER: Any = load_parser()
 
 
 def load(path: str | Path) -> ast.Spec:
@@ -122,23 +126,14 @@ def _children(node: ast.Node) -> Iterator[ast.Node]:
 # ------------------------------------------------------------------------------------ parsing
 
 
-@lru_cache(maxsize=1)
-def _parser() -> Any:
-    from surgery.language.tables import load_parser
-
-    return load_parser()
-
-
 def _attempt(
     source: Source, piece: Piece, whole: Outline
 ) -> tuple[ast.Spec | None, list[Diagnostic]]:
     """The spec that a piece of the source is, or None if it is not one; and what is wrong."""
-    from lark.exceptions import UnexpectedInput
-
     try:
-        tree = _parser().parse(source.text[piece.start : piece.end])
+        tree = _PARSER.parse(source.text[piece.start : piece.end])
     except UnexpectedInput as error:
-        return None, [complaint(error, source, piece.start, whole.unclosed(), _parser())]
+        return None, [complaint(error, source, piece.start, whole.unclosed(), _PARSER)]
     parts = list(tree.iter_subtrees())
     found = sorted(_misused(parts, source, piece.start), key=_offset)
     spec = _built(parts, source, piece.start)

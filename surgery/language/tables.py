@@ -8,12 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
+
+import lark
+from lark import Lark
 
 from surgery.resources import grammar_file
-
-if TYPE_CHECKING:
-    from lark import Lark
 
 _OPTIONS: dict[str, Any] = {
     "parser": "lalr",
@@ -30,7 +30,6 @@ def tables_file() -> Path:
 
 def built() -> str:
     """The text of the tables for the grammar as it stands; the same in every process."""
-    import lark
     from lark.grammar import Rule
     from lark.lexer import TerminalDef
 
@@ -47,19 +46,22 @@ def load_parser() -> Lark:
     Where they are not those of this grammar and this lark, it is made from the grammar: later, and
     just as right.
     """
-    import lark
-
     stored = _stored()
     if stored.get("lark") == lark.__version__ and stored.get("grammar") == _digest():
         # `load` takes what `save` would pickle as plain data too; no pickle is involved.
-        return cast("Any", lark.Lark).load(stored)
+        return cast("Any", Lark).load(stored)
     return _from_grammar()
 
 
 def _stored() -> dict[str, Any]:
     try:
-        return json.loads(tables_file().read_bytes(), object_hook=_numbered)
-    except (OSError, ValueError):
+        stored = json.loads(tables_file().read_bytes())
+        parser = stored["data"]["parser"]["parser"]
+        stored["memo"] = _numbered(stored["memo"])
+        parser["tokens"] = _numbered(parser["tokens"])
+        parser["states"] = {int(s): _numbered(row) for s, row in parser["states"].items()}
+        return stored
+    except (OSError, ValueError, KeyError):
         return {}
 
 
@@ -70,16 +72,12 @@ def _digest() -> str:
 
 
 def _from_grammar() -> Any:
-    from lark import Lark
-
     return Lark(grammar_file().read_text(encoding="utf-8"), **_OPTIONS)
 
 
-def _numbered(table: dict[str, Any]) -> dict[Any, Any]:
+def _numbered(table: dict[str, Any]) -> dict[int, Any]:
     """The same table, with keys that are numbers again; JSON has only texts for keys."""
-    if next(iter(table), "").isdigit():
-        return {int(key): value for key, value in table.items()}
-    return table
+    return {int(key): value for key, value in table.items()}
 
 
 # ------------------------------------------------------------------------------------- order

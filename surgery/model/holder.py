@@ -93,6 +93,21 @@ def modules_of(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return cast("Iterator[tuple[str, nn.Module]]", module.named_modules())
 
 
+def every_module(model: nn.Module) -> Iterator[nn.Module]:
+    """The module and all below it, each once, in no order that matters.
+
+    torch's own walk passes each module up through a generator a level.
+    """
+    seen: set[int] = set()
+    stack = [model]
+    while stack:
+        module = stack.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield module
+            stack.extend(child for child in children_of(module).values() if child is not None)
+
+
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """The parameters a module itself owns, in order, `None` where one is registered as absent.
 

@@ -14,6 +14,7 @@ from typing import Protocol, cast
 import torch
 from torch import nn
 
+from surgery.model.holder import every_module
 from surgery.model.stored import Storage
 
 COVER = "_surgery_cover"
@@ -61,7 +62,7 @@ def _marks(module: nn.Module) -> list[str]:
 
 
 def _integrations(model: nn.Module) -> list[Integration]:
-    names = {INTEGRATIONS[mark] for module in model.modules() for mark in _marks(module)}
+    names = {INTEGRATIONS[mark] for module in every_module(model) for mark in _marks(module)}
     return [_imported(name) for name in sorted(names)]
 
 

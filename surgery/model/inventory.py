@@ -92,6 +92,11 @@ class Inventory:
             at = self.entries[at].end
         return found
 
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of all modules; tied ones as often as they are owned."""
+        for entry in self.entries:
+            yield from (p for p in parameters_of(entry.module).values() if p is not None)
+
     def below(self, index: int) -> tuple[int, ...]:
         """The part of the pool at or below an entry."""
         start, stop = bisect_left(self.pool, index), bisect_left(self.pool, self.entries[index].end)

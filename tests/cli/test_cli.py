@@ -272,7 +272,7 @@ def test_help_and_version() -> None:
 def test_help_waits_for_nothing_slow() -> None:
     code = (
         "import sys, surgery.cli.commands\n"
-        "print(*{'lark', 'safetensors', 'transformers', 'accelerate', 'einops'} & {*sys.modules})"
+        "print(*{'safetensors', 'transformers', 'accelerate', 'einops'} & {*sys.modules})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
