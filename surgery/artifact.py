@@ -301,7 +301,9 @@ class _Manifest:
                 report.extend(error.diagnostics)
                 continue
             if one.path in seen:
-                report.error("E514", f"{self.path}: `{one.path}` stands twice")
+                report.error(
+                    "E514", f"{self.path}: `{one.path}` stands twice", hint="leave one of them out"
+                )
             seen.add(one.path)
             made.append(one)
         report.stop()
@@ -355,6 +357,7 @@ def taken(
                 "E518",
                 f"`{key}` has shape {list(file.shapes[key])}, and the equation needs "
                 f"{list(wanted)}",
+                hint="it was made with other arguments, or for a model of another size",
             )
     report.stop()
     return {row.adapted: row.converted(file[key], form, ADAPTED) for key, row in rows.items()}
@@ -374,17 +377,21 @@ def _report_keys(
         report.error("E518", f"{file.path} has `{key}`, which is no tensor of it", hint=hint)
 
 
+_OTHER_FOLDER = "the folder's config and its tensors were not saved together; copy it again"
+
+
 def check_tensors(plan: Plan, loaded: Loaded) -> None:
     """Whether a loaded adapter's tensors are those of a plan. Raises ArtifactError (E518)."""
     report = Report()
     rows = mapping_of(plan).index(ADAPTED, loaded.adapter)
     for name in sorted(rows.keys() ^ loaded.tensors.keys()):
         what = "is missing" if name in rows else "is no tensor of the adapter"
-        report.error("E518", f"`{name}` {what}")
+        report.error("E518", f"`{name}` {what}", hint=_OTHER_FOLDER)
     for name in sorted(rows.keys() & loaded.tensors.keys()):
         shape, wanted = tuple(loaded.tensors[name].shape), rows[name].shape
         if shape != wanted:
-            report.error("E518", f"`{name}` has shape {list(shape)}, not {list(wanted)}")
+            message = f"`{name}` has shape {list(shape)}, not {list(wanted)}"
+            report.error("E518", message, hint=_OTHER_FOLDER)
     report.stop()
 
 

@@ -170,7 +170,9 @@ def _check_merge(state: State, sites: tuple[PlannedSite, ...], undo: Undo) -> No
     if state.is_merged:
         refuse("E402", f"`{state.live}` is merged already", hint="unmerge() takes it out again")
     if state.live is None:
-        refuse("E410", "no adapter is live, so there is nothing to merge")
+        refuse(
+            "E410", "no adapter is live, so there is nothing to merge", hint="activate(NAME) first"
+        )
     report = Report()
     for site in sites:
         derived = site.form.derived
@@ -182,7 +184,11 @@ def _check_merge(state: State, sites: tuple[PlannedSite, ...], undo: Undo) -> No
                 hint="keep such an adapter unmerged; it runs as it is",
             )
         elif storage.read(site.site.module, site.form.kind) is None:
-            report.error("E404", f"the weight of `{site.path}` has no data yet (meta device)")
+            report.error(
+                "E404",
+                f"the weight of `{site.path}` has no data yet (meta device)",
+                hint="load the base's weights first",
+            )
         elif undo == "algebraic" and derived.merge_class == "snapshot":
             report.error(
                 "E405",
@@ -195,7 +201,7 @@ def _check_merge(state: State, sites: tuple[PlannedSite, ...], undo: Undo) -> No
 
 def _check_unmerge(state: State) -> None:
     if not state.is_merged:
-        refuse("E406", "nothing is merged")
+        refuse("E406", "nothing is merged", hint="merge() comes before unmerge()")
     if state.undo == "none":
         refuse(
             "E407",

@@ -81,7 +81,7 @@ def read_tensors(path: Path) -> TensorFile:
     from safetensors import safe_open
 
     if not path.is_file():
-        refuse("E511", f"there is no file {path}")
+        refuse("E511", f"there is no file {path}", hint="check the path")
     with _reading(path):
         handle = cast(_Handle, safe_open(str(path), framework="pt", device="cpu"))
     return TensorFile(path, handle)
@@ -102,11 +102,14 @@ def _reading(path: Path) -> Generator[None]:
         )
 
 
+_COPY = "copy it again; it may have been cut off on the way"
+
+
 def _what_it_is(path: Path) -> str:
     start = path.read_bytes()[:8] if path.is_file() and path.stat().st_size < 2**20 else b""
     if start[:1] == b"\x80" or start[:2] == b"PK":
         return "it is a pickle, which can run code when read; save it again as safetensors"
-    return "copy it again; it may have been cut off on the way"
+    return _COPY
 
 
 def _first_line(error: BaseException) -> str:
@@ -118,12 +121,13 @@ def read_text(path: Path, limit: int = MAX_JSON) -> str:
     try:
         size = path.stat().st_size
         if size > limit:
-            refuse("E512", f"{path} has {size:,} bytes, and {limit:,} is the most")
+            message = f"{path} has {size:,} bytes, and {limit:,} is the most"
+            refuse("E512", message, hint="it is not a file that `save` wrote")
         return path.read_bytes().decode("utf-8")
     except OSError as error:
-        refuse("E511", f"cannot read {path}: {error.strerror}")
+        refuse("E511", f"cannot read {path}: {error.strerror}", hint="check the path")
     except UnicodeDecodeError as error:
-        refuse("E512", f"{path} is not UTF-8 at byte {error.start}")
+        refuse("E512", f"{path} is not UTF-8 at byte {error.start}", hint=_COPY)
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -132,9 +136,9 @@ def read_json(path: Path) -> dict[str, object]:
     try:
         value: object = json.loads(text, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
-        refuse("E512", f"{path} is not JSON: {_first_line(error)}")
+        refuse("E512", f"{path} is not JSON: {_first_line(error)}", hint=_COPY)
     if not isinstance(value, dict):
-        refuse("E512", f"{path} holds no JSON object")
+        refuse("E512", f"{path} holds no JSON object", hint=_COPY)
     return cast(dict[str, object], value)
 
 

@@ -207,4 +207,8 @@ def _run(model: nn.Module, inputs: dict[str, Tensor]) -> object:
         return model(**inputs)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         asked = ", ".join(inputs)
-        refuse("E413", f"the model does not run on example inputs ({asked}): {error}")
+        refuse(
+            "E413",
+            f"the model does not run on example inputs ({asked}): {error}",
+            hint="call surgery.verify(spec, model, forward) in Python, with inputs of your own",
+        )

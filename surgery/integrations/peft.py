@@ -35,6 +35,7 @@ from surgery.mapping.fields import Value as ValueForm
 from surgery.mapping.spelling import dialect_of, rows_of
 from surgery.model.holder import ADAPTERS
 from surgery.model.inventory import survey
+from surgery.model.layers import KINDS
 from surgery.plan import Assignment, plan_assignments
 from surgery.planned import Plan
 from surgery.store import TensorFile, read_json, read_tensors, read_text
@@ -106,6 +107,7 @@ def _check_meaning(fmt: ast.Format, plan: Plan) -> None:
                 f"peft's {fmt.method} on `{site.path}` ({site.form.kind.name}, {sizes.groups} "
                 f"group(s)) is another equation than {fmt.method}'s",
                 site.span,
+                hint="save without `formats=`, and the folder is read here as it is",
             )
     report.stop()
 
@@ -203,7 +205,12 @@ def _candidate(
     report = Report()
     report.extend(unknown_fields(fmt, config, INFORMATIVE))
     if not paths:
-        report.error("E516", f"no tensor of the folder is one of {fmt.method}", config.source)
+        report.error(
+            "E516",
+            f"no tensor of the folder is one of {fmt.method}",
+            config.source,
+            hint=f"their keys have {', '.join(sorted({f'`{row.key}`' for row in fmt.tensors}))}",
+        )
     sites: dict[str, Arguments] = {}
     bound = 0
     reader = ConfigReader(fmt, method, config)
@@ -228,7 +235,8 @@ def _read_sites(
             continue
         if entry.kind is None:
             name = type(entry.module).__name__
-            report.error("E516", f"`{path}` is a {name}, which has no known kind")
+            hint = f"known are {', '.join(kind.name for kind in KINDS)}"
+            report.error("E516", f"`{path}` is a {name}, which has no known kind", hint=hint)
         else:
             yield path, reader.read(path, entry.kind.name)
 

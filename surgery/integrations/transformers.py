@@ -59,7 +59,11 @@ def load_model(reference: str, *, meta: bool = False, trust: bool = False) -> nn
 def _from_factory(reference: str, trust: bool) -> nn.Module:
     name = reference.removeprefix(PYTHON)
     if not _FACTORY.fullmatch(name):
-        refuse("E501", f"`{reference}` is not python:package.module:factory")
+        refuse(
+            "E501",
+            f"`{reference}` is not python:package.module:factory",
+            hint="such as python:my_models.small:make, a function that gives the model",
+        )
     if not trust:
         hint = "add --trust (in Python: trust=True) if you know what it does"
         refuse("E505", f"`{reference}` would run code", hint=hint)
@@ -73,7 +77,11 @@ def _from_factory(reference: str, trust: bool) -> nn.Module:
         refuse("E503", f"`{reference}` failed: {_said(error)}", hint=_where(error))
     if isinstance(model, nn.Module):
         return model.eval()
-    refuse("E503", f"`{reference}` gives a {type(model).__name__}, and not a torch.nn.Module")
+    refuse(
+        "E503",
+        f"`{reference}` gives a {type(model).__name__}, and not a torch.nn.Module",
+        hint="name a function that is called without arguments and returns the model",
+    )
 
 
 def _local(path: Path) -> Path:
@@ -133,7 +141,11 @@ def _from_folder(folder: Path, meta: bool) -> nn.Module:
     except SurgeryError:
         raise
     except Exception as error:  # a damaged file may fail anywhere in the reader
-        refuse("E502", f"`{folder}` cannot be read as a model: {_said(error)}")
+        refuse(
+            "E502",
+            f"`{folder}` cannot be read as a model: {_said(error)}",
+            hint="what AutoModel.from_pretrained reads is read here; download or copy it again",
+        )
 
 
 def _build(transformers: Any, folder: Path, meta: bool) -> nn.Module:
@@ -155,12 +167,20 @@ def _model_class(transformers: Any, config: Any, folder: Path) -> Any:
     if named:
         cls = getattr(transformers, named[0], None)
         if cls is None:
-            refuse("E502", f"`{folder}` is a {named[0]}, which transformers does not have")
+            refuse(
+                "E502",
+                f"`{folder}` is a {named[0]}, which this transformers does not have",
+                hint="install a newer one, or name a factory of yours: python:module:factory",
+            )
         return cls
     try:
         return transformers.MODEL_MAPPING[type(config)]
     except KeyError:
-        refuse("E502", f"`{folder}` names no architecture, and `{config.model_type}` has none")
+        refuse(
+            "E502",
+            f"`{folder}` names no architecture, and `{config.model_type}` has none",
+            hint='add `"architectures": [CLASS]` to its config.json',
+        )
 
 
 def _refuse_incomplete(folder: Path, loaded: Mapping[str, Any]) -> None:
@@ -168,7 +188,11 @@ def _refuse_incomplete(folder: Path, loaded: Mapping[str, Any]) -> None:
     missing = sorted(map(str, [*loaded["missing_keys"], *loaded["mismatched_keys"]]))
     if missing:
         shown = ", ".join(missing[:3]) + ", …" * (len(missing) > 3)
-        refuse("E502", f"the weights in `{folder}` lack {len(missing)} tensors: {shown}")
+        refuse(
+            "E502",
+            f"the weights in `{folder}` lack {len(missing)} tensors: {shown}",
+            hint="they would be random; is `architectures` in config.json the class they are of?",
+        )
 
 
 def _import(name: str) -> Any:

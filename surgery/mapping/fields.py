@@ -70,7 +70,12 @@ def form_of(item: ast.Field) -> Form:
             reasons = [k.value.value for k in keywords if isinstance(k.value, ast.Text)]
             return OneOf(tuple(map(constant, values)), " ".join(reasons))
         case ast.Call("sites" | "by_site" | "any" | "one_of"):
-            refuse("E104", "sites(…), by_site(argument), any() or one_of(…)", item.value.span)
+            refuse(
+                "E104",
+                "this is no way to call it",
+                item.value.span,
+                hint="there are sites(…), by_site(ARGUMENT), any() and one_of(VALUE, …)",
+            )
         case expression:
             return Value(expression)
 
@@ -259,6 +264,7 @@ class _Reader:
                     "E515",
                     f"the config does not say `{argument.name}` of {self.method.name}",
                     self.config.source,
+                    hint="the folder was saved by a program that leaves out what it needs; add it",
                 )
         return values
 
@@ -290,7 +296,8 @@ class _Reader:
         given = item.name in self.config.values
         what = shown(found) if given else f"absent, which means {shown(found)}"
         message = f"`{item.name}` is {what}: {reason}"
-        return Diagnostic("E515", message, self.config.span(item.name))
+        hint = f"what is here of {self.method.name} computes something else; nothing is guessed"
+        return Diagnostic("E515", message, self.config.span(item.name), hint=hint)
 
 
 def unknown_fields(

@@ -129,7 +129,8 @@ class StateDictMapping:
                 continue
             target = row.key(to)
             if target is None:
-                report.error("E518", f"`{key}` has no key in {to}")
+                hint = f"{to} has no spelling of this method; leave `{key}` out"
+                report.error("E518", f"`{key}` has no key in {to}", hint=hint)
                 continue
             renamed[target] = row.converted(tensor, source, to)
         report.stop()
@@ -147,7 +148,9 @@ class StateDictMapping:
             rows = tuple(map(_row_from, data["rows"]))
             return StateDictMapping(rows, tuple(map(str, data["base"])))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            refuse("E514", f"this is not a mapping: {type(error).__name__} {error}")
+            reason = f"{type(error).__name__} {error}"
+            hint = "it is the text of a mapping.json that `save` wrote"
+            refuse("E514", f"this is not a mapping: {reason}", hint=hint)
 
 
 def _kept(key: str, source: str, index: Mapping[str, Row], report: Report) -> bool:

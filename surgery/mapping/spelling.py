@@ -151,7 +151,12 @@ def _check_layout(spelling: Spelling, form: SiteClass, row: ast.Tensor) -> None:
     except EinopsError as error:
         reason = str(error).strip().splitlines()[-1]
         shape = list(form.shapes[row.name])
-        refuse("E124", f"`{row.layout}` does not take {row.name} {shape}: {reason}", row.span)
+        refuse(
+            "E124",
+            f"`{row.layout}` does not take {row.name} {shape}: {reason}",
+            row.span,
+            hint="a layout names each axis of the method's tensor, then of the file's",
+        )
 
 
 def chosen_format(

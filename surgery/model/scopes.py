@@ -221,7 +221,12 @@ class _Reach:
         found = self.names(value)
         if isinstance(found, int) and not isinstance(found, bool):
             return found
-        self.report.error("E204", f"an index is a whole number, not {found!r}", value.span)
+        self.report.error(
+            "E204",
+            f"an index is a whole number, not {found!r}",
+            value.span,
+            hint="such as `layers[0]`, `layers[-1]`, `layers[0:12]` or `layers[*]`",
+        )
         return None
 
 

@@ -40,7 +40,8 @@ def select(match: Match, inventory: Inventory, report: Report, names: Names) -> 
     if found and exclude is not None and match.exclude is not None:
         found = _without(exclude, match.exclude, found, view, mine)
         if not found:
-            mine.error("E201", "`except` leaves nothing", match.exclude.span)
+            hint = "take away less, or leave the statement out"
+            mine.error("E201", "`except` leaves nothing", match.exclude.span, hint=hint)
     sites = _admit(found, match.selector.span, inventory, mine)
     if not mine.failed:
         _check_count(match, sites, mine, names)
@@ -173,7 +174,7 @@ def _report_no_exception(pattern: Pattern, span: Span, paths: list[str], report:
 def _admit(found: _Found, span: Span, inventory: Inventory, report: Report) -> tuple[Site, ...]:
     """The sites that can be adapted; E207 to E210 for the others, once for each reason."""
     sites: list[Site] = []
-    refused: dict[tuple[str, str, str], list[Entry]] = {}
+    refused: dict[tuple[str, str], list[Entry]] = {}
     for first, answers in found.items():
         entry, kind = inventory.entries[first], inventory.entries[first].kind
         refusal = _refusal(entry, [index for index, _ in answers], inventory)
@@ -184,7 +185,8 @@ def _admit(found: _Found, span: Span, inventory: Inventory, report: Report) -> t
         index, region = answers[0]
         layer = inventory.entries[index].layer if region.layer is None else region.layer
         sites.append(site_at(entry, kind, layer, region.container))
-    for (code, reason, hint), entries in refused.items():
+    for (code, reason), entries in refused.items():
+        hint = f"leave it out: `except {entries[0].name}`" if sites else _ALONE
         _report_refusal(code, reason, hint, entries, span, report)
     return tuple(sites)
 
@@ -196,26 +198,26 @@ def admit(index: int, span: Span, inventory: Inventory, report: Report) -> Site 
     if refusal is None and entry.kind is not None:
         return site_at(entry, entry.kind, entry.layer, None)
     assert refusal is not None
-    _report_refusal(*refusal, [entry], span, report)
+    _report_refusal(*refusal, _OF_ANOTHER, [entry], span, report)
     return None
 
 
-def _refusal(entry: Entry, indices: list[int], inventory: Inventory) -> tuple[str, str, str] | None:
-    """Why a module cannot be a site: code, reason, and what to do beside excluding it."""
+def _refusal(entry: Entry, indices: list[int], inventory: Inventory) -> tuple[str, str] | None:
+    """Why a module cannot be a site: code and reason."""
     if entry.kind is None:
         cls = type(entry.module).__name__
-        return "E208", f"no layer kind knows the forward of {cls}", ""
+        return "E208", f"no layer kind knows the forward of {cls}"
     for index in indices:
         bypass = _bypass(inventory.entries[index], inventory)
         if bypass is not None:
-            return "E210", bypass.reason, ""
+            return "E210", bypass.reason
     objection = _objection(entry.module) or entry.kind.objection(entry.module)
     if objection:
-        return "E209", objection, ""
+        return "E209", objection
     others = inventory.ties.get(entry.path)
     if others:
         shared = ", ".join(f"`{other}`" for other in others)
-        return "E207", f"it shares its weight with {shared}", ""
+        return "E207", f"it shares its weight with {shared}"
     return None
 
 
@@ -236,6 +238,8 @@ def _bypass(entry: Entry, inventory: Inventory) -> Bypass | None:
     )
 
 
+_ALONE = "nothing else is selected, so leave the statement out, or select other modules"
+_OF_ANOTHER = "the adapter was made for another model"
 _BYPASSED = {(bypass.owner, bypass.child): bypass for bypass in BYPASSES}
 
 
@@ -245,8 +249,7 @@ def _report_refusal(
     paths = [entry.path for entry in entries]
     more = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
     named = paths[0] or "the model itself"
-    exclude = f"leave it out: `except {entries[0].name}`" if entries[0].name else hint
-    report.error(code, f"`{named}`{more} cannot be adapted: {reason}", span, hint=exclude)
+    report.error(code, f"`{named}`{more} cannot be adapted: {reason}", span, hint=hint)
 
 
 # ---------------------------------------------------------------------------------- expect
@@ -259,7 +262,7 @@ def _check_count(match: Match, sites: Sequence[Site], report: Report, names: Nam
         return
     if not isinstance(wanted, int) or isinstance(wanted, bool):
         message = f"`expect` takes a whole number, not {wanted!r}"
-        report.error("E206", message, match.expect.span)
+        report.error("E206", message, match.expect.span, hint=f"{len(sites)} are selected")
         return
     counts = listing(tails((site.path for site in sites), ""))
     report.error(

@@ -320,6 +320,8 @@ def test_ties_are_refused_and_both_are_named() -> None:
     assert found.code == "E207"
     assert "`head`" in found.message
     assert "`embed.weight`" in found.message
+    assert "leave the statement out" in found.hint
+    assert only(model, match("{up,head}")).hint == "leave it out: `except head`"
     assert codes(model, match("{head,embed}")) == ["E207", "E207"]
     assert codes(model, match("*", leave="{head,embed}")) == []
 
