@@ -12,7 +12,9 @@ _collecting = gc.isenabled()
 gc.disable()
 try:
     from surgery.errors import Diagnostic, SurgeryError
-    from surgery.language.parse import load, parse
+    from surgery.explain import explain
+    from surgery.include import load
+    from surgery.language.parse import parse
     from surgery.runtime import Compiled, attach, check, of, plan
     from surgery.runtime import compile_model as compile
     from surgery.verify import Verification, verify
@@ -28,6 +30,7 @@ __all__ = [
     "attach",
     "check",
     "compile",
+    "explain",
     "load",
     "of",
     "parse",

@@ -11,19 +11,21 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NoReturn, Protocol, TypeVar, cast
+from typing import Protocol, TypeVar, cast
 
 from torch import Tensor, nn
 
 from surgery.algebra.expr import render
-from surgery.check import DEFAULT_ADAPTER, Arguments, Resolved, resolve, typed
-from surgery.errors import Report, SurgeryError, refuse
+from surgery.check import DEFAULT_ADAPTER, Resolved, resolve
+from surgery.digests import Digest
+from surgery.errors import Report, refuse
 from surgery.language import syntax as ast
 from surgery.language.library import Library
 from surgery.language.parse import parse_bytes
+from surgery.manifest import VERSION, Manifest, manifest_data
 from surgery.mapping import ForeignConfig, Reason, StateDictMapping, mapping_of, peft_config
 from surgery.mapping.keys import ADAPTED, NATIVE
 from surgery.plan import Assignment, plan_assignments
@@ -45,7 +47,6 @@ CONFIG = "adapter_config.json"
 SPEC = "adapter.peft"
 MAPPING = "mapping.json"
 INVERSE = "inverse.json"
-VERSION = 1
 
 _FILES = (TENSORS, CONFIG, SPEC, MAPPING, INVERSE)
 _FOREIGN = "surgery.integrations.peft"
@@ -66,75 +67,57 @@ class SaveReport:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What a folder holds: an adapter's sites and methods, and its tensors by adapted names."""
+    """What a folder holds: an adapter's sites and methods, and its tensors by adapted names.
+
+    base: digests of the weights that it was made on, by the paths of sites.
+    """
 
     resolved: Resolved
     assignments: tuple[Assignment, ...]
     tensors: Mapping[str, Tensor]
     adapter: str
     seed: int = 0
+    base: Mapping[str, Digest] = field(default_factory=dict[str, Digest])
 
 
 # ------------------------------------------------------------------------------------- saving
 
 
 def save_adapter(
-    directory: Path, plan: Plan, adapter: str, tensors: Mapping[str, Tensor], seed: int
+    directory: Path,
+    plan: Plan,
+    adapter: str,
+    tensors: Mapping[str, Tensor],
+    seed: int,
+    base: Mapping[str, Digest],
 ) -> SaveReport:
     """Write an adapter to a folder, all of it or nothing; what stood there before is replaced.
 
-    tensors: by adapted names, as `mapping_of` has them. Raises ArtifactError: E513 if it cannot be
+    tensors: by adapted names, as `mapping_of` has them. base: digests of the weights below it, by
+    the paths of sites. Raises ArtifactError: E513 if it cannot be
     written, E518 for a tensor that is none of the adapter's.
     """
     config = peft_config(plan, adapter)
     mapping = mapping_of(plan).of_adapter(adapter)
     form = NATIVE if isinstance(config, Reason) else config.format.name
+    peft = config.text if isinstance(config, Reason) else ""
+    sites = _sites(plan, adapter)
     files: dict[str, Writer] = {
         TENSORS: tensors_writer(mapping.rename(tensors, ADAPTED, form), {}),
         SPEC: text_writer(spec_text(plan, adapter)),
-        MAPPING: json_writer(_manifest(plan, adapter, mapping, config, seed)),
+        MAPPING: json_writer(
+            manifest_data(sites, adapter, mapping, form=form, peft=peft, seed=seed, base=base)
+        ),
         INVERSE: json_writer(inverse_data(plan, adapter)),
     }
     if isinstance(config, ForeignConfig):
         files[CONFIG] = json_writer(config.values)
     written = write_directory(directory, files, owned=_FILES)
-    return SaveReport(written, config.text if isinstance(config, Reason) else "")
+    return SaveReport(written, peft)
 
 
 def _sites(plan: Plan, adapter: str) -> list[PlannedSite]:
     return [s for s in plan.sites if s.adapter == adapter]
-
-
-def _manifest(
-    plan: Plan,
-    adapter: str,
-    mapping: StateDictMapping,
-    config: ForeignConfig | Reason,
-    seed: int,
-) -> dict[str, object]:
-    form = NATIVE if isinstance(config, Reason) else config.format.name
-    return {
-        "version": VERSION,
-        "adapter": adapter,
-        "seed": seed,
-        "form": form,
-        "peft": config.text if isinstance(config, Reason) else "",
-        "sites": [
-            {
-                "path": site.path,
-                "kind": site.form.kind.name,
-                "out": site.form.sizes.fan_out,
-                "in": site.form.sizes.fan_in,
-                "method": site.form.method.name,
-                "arguments": dict(site.form.arguments),
-            }
-            for site in _sites(plan, adapter)
-        ],
-        "tensors": [
-            {"file": row.key(form), "native": row.native, "adapted": row.adapted}
-            for row in mapping.rows
-        ],
-    }
 
 
 def spec_text(plan: Plan, adapter: str) -> str:
@@ -178,9 +161,13 @@ def _literal(value: object) -> str:
             return repr(value)
 
 
+def _plain(site: PlannedSite) -> bool:
+    return site.site.part is None and _PLAIN_PATH.fullmatch(site.path) is not None
+
+
 def _explicit(sites: list[PlannedSite]) -> list[str]:
     """One statement a site, where the adapter came without any; none if that would be too long."""
-    if len(sites) > _MOST_STATEMENTS or not all(_PLAIN_PATH.fullmatch(s.path) for s in sites):
+    if len(sites) > _MOST_STATEMENTS or not all(map(_plain, sites)):
         return []
     return [
         f"match {site.path} apply {site.form.method.name}"
@@ -239,9 +226,8 @@ def load_artifact(directory: Path, model: nn.Module) -> Loaded:
 
 
 def _load_own(directory: Path, model: nn.Module) -> Loaded:
-    manifest = _Manifest(directory / MAPPING, read_json(directory / MAPPING))
-    text = read_text(directory / SPEC)
-    spec = parse_bytes(text.encode(), str(directory / SPEC))
+    manifest = Manifest(directory / MAPPING, read_json(directory / MAPPING))
+    spec = _own_spec(directory / SPEC)
     resolved = resolve(spec, Library.standard())
     adapter = manifest.adapter
     statements = dict(resolved.adapters).get(DEFAULT_ADAPTER, ())
@@ -250,86 +236,25 @@ def _load_own(directory: Path, model: nn.Module) -> Loaded:
     plan = plan_assignments(resolved, model, assignments, adapter)
     mapping = mapping_of(plan)
     tensors = taken(mapping, read_tensors(directory / TENSORS), manifest.form)
-    return Loaded(resolved, assignments, tensors, adapter, manifest.seed)
+    manifest.check_keys(mapping.index(manifest.form))
+    base = manifest.base_digests(plan.sites)
+    return Loaded(resolved, assignments, tensors, adapter, manifest.seed, base)
 
 
-class _Manifest:
-    """`mapping.json`, of which nothing is believed before it is checked."""
-
-    def __init__(self, path: Path, data: Mapping[str, object]) -> None:
-        self.path = path
-        self.data = data
-        if data.get("version") != VERSION:
-            self._refuse(f"`version` is {data.get('version')!r}, and {VERSION} is known")
-
-    def _refuse(self, what: str) -> NoReturn:
-        refuse("E514", f"{self.path}: {what}", hint="save the adapter again")
-
-    @property
-    def adapter(self) -> str:
-        """The adapter's name, which becomes part of the names of modules."""
-        name = self.data.get("adapter")
-        if not isinstance(name, str) or not _IDENTIFIER.fullmatch(name):
-            self._refuse(f"`adapter` is {name!r}, which is no name")
-        return name
-
-    @property
-    def form(self) -> str:
-        """Under which keys the tensors stand."""
-        return self._typed("form", str)
-
-    @property
-    def seed(self) -> int:
-        """The seed of what can be drawn again."""
-        return self._typed("seed", int)
-
-    def _typed(self, name: str, kind: type[T]) -> T:
-        value = self.data.get(name)
-        if not isinstance(value, kind):
-            self._refuse(f"`{name}` is missing")
-        return value
-
-    def assignments(self, resolved: Resolved) -> tuple[Assignment, ...]:
-        """The sites with their methods and arguments. Raises with all that do not hold together."""
-        report = Report()
-        made: list[Assignment] = []
-        seen: set[str] = set()
-        for entry in cast("list[object]", self._typed("sites", list)):
-            try:
-                one = self._assignment(entry, resolved)
-            except SurgeryError as error:
-                report.extend(error.diagnostics)
-                continue
-            if one.path in seen:
-                report.error(
-                    "E514", f"{self.path}: `{one.path}` stands twice", hint="leave one of them out"
-                )
-            seen.add(one.path)
-            made.append(one)
-        report.stop()
-        return tuple(made)
-
-    def _assignment(self, stated: object, resolved: Resolved) -> Assignment:
-        entry = cast("dict[str, object]", stated if isinstance(stated, dict) else {})
-        wanted = {"path": str, "method": str, "arguments": dict}
-        if not all(isinstance(entry.get(n), kind) for n, kind in wanted.items()):
-            self._refuse(f"a site is not described by {', '.join(wanted)}")
-        path, name = str(entry["path"]), str(entry["method"])
-        method = resolved.library.method(name)
-        if method is None:
-            near = get_close_matches(name, resolved.library.names(), 1)
-            hint = f"did you mean `{near[0]}`?" if near else ""
-            refuse("E514", f"{self.path}: `{path}` has the unknown method `{name}`", hint=hint)
-        given = cast("dict[str, object]", entry["arguments"])
-        return Assignment(path, method, self._arguments(method, given), method.span)
-
-    def _arguments(self, method: ast.Method, given: Mapping[str, object]) -> Arguments:
-        names = [a.name for a in method.arguments]
-        if sorted(given) != sorted(names):
-            self._refuse(f"{method.name} has the arguments {names}, and here are {list(given)}")
-        return tuple(
-            (a.name, typed(given[a.name], a.type, a.name, a.span)) for a in method.arguments
-        )
+def _own_spec(path: Path) -> ast.Spec:
+    """The spec of a folder, which uses no other file (E514)."""
+    spec = parse_bytes(read_text(path).encode(), str(path))
+    report = Report()
+    for statement in spec.statements:
+        if isinstance(statement, ast.Use):
+            report.error(
+                "E514",
+                f"{path} uses another file",
+                statement.span,
+                hint="a saved adapter has all that it uses in it; save it again",
+            )
+    report.stop()
+    return spec
 
 
 # ------------------------------------------------------------------------------------ tensors
@@ -369,11 +294,13 @@ def _report_keys(
     absent, surplus = sorted(missing), sorted(extra)
     for key in absent:
         near = get_close_matches(key, surplus, 1, 0.8)
-        hint = f"`{near[0]}` stands there instead" if near else ""
+        hint = f"`{near[0]}` stands there instead" if near else _OTHER_FOLDER
         report.error("E518", f"{file.path} lacks the tensor `{key}`", hint=hint)
     for key in surplus:
         near = get_close_matches(key, absent or file.shapes, 1, 0.8)
-        hint = f"the nearest that belongs there is `{near[0]}`" if near and absent else ""
+        hint = (
+            f"the nearest that belongs there is `{near[0]}`" if near and absent else _OTHER_FOLDER
+        )
         report.error("E518", f"{file.path} has `{key}`, which is no tensor of it", hint=hint)
 
 

@@ -5,21 +5,32 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import TypeVar
 
 from surgery.algebra.axes import symbol
-from surgery.algebra.definitions import check_arguments, check_definition
-from surgery.algebra.mentions import names as mentioned
+from surgery.algebra.definitions import check_definition
+from surgery.algebra.filters import FACTS, Filter
+from surgery.algebra.mentions import nodes
 from surgery.algebra.names import Names
-from surgery.algebra.scalars import Decide, Open, Scalars, did_you_mean, typed
+from surgery.algebra.scalars import Decide, Scalars, did_you_mean, typed
 from surgery.algebra.ways import each_way
+from surgery.arguments import (
+    SITE_NAMES,
+    Arguments,
+    applied,
+    arguments,
+    open_value,
+    signature_problems,
+    site_dependent,
+    unfit,
+    unknown_method,
+)
 from surgery.errors import Diagnostic, Report, Span, SurgeryError, refuse
 from surgery.language import syntax as ast
 from surgery.language.library import Library
+from surgery.language.patterns import compile_selector
 
 __all__ = [
     "DEFAULT_ADAPTER",
@@ -28,6 +39,7 @@ __all__ = [
     "Names",
     "Resolved",
     "Values",
+    "applied",
     "arguments",
     "findings",
     "parse_value",
@@ -37,13 +49,11 @@ __all__ = [
 ]
 
 DEFAULT_ADAPTER = "default"
-SITE_NAMES = ("layer", "in", "out", "channels")
 
 _MAX_FINDINGS = 100
 _MAX_APPLICATIONS = 64
 
 Values = Mapping[str, object]
-Arguments = tuple[tuple[str, object], ...]
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,7 @@ def resolve(spec: ast.Spec, library: Library, values: Values | None = None) -> R
     """Check a spec and give its names their values. Raises DefinitionError with all findings."""
     report = Report()
     resolved = _resolve(spec, library, values or {}, report)
+    report.arrange()
     report.stop()
     return resolved
 
@@ -78,13 +89,19 @@ def findings(spec: ast.Spec, library: Library, values: Values | None = None) -> 
     """Everything that is wrong with a spec, without raising."""
     report = Report()
     _resolve(spec, library, values or {}, report)
+    report.arrange()
     return report.found
 
 
 def _resolve(spec: ast.Spec, library: Library, values: Values, report: Report) -> Resolved:
     extended = library.extended(spec)
+    _check_uses(spec, report)
+    if report.failed:  # no name is known to mean nothing before the files are read
+        return Resolved(spec, extended, Names({}, {}), ())
     _check_duplicates(spec, report)
-    lets = {s.name: s for s in spec.statements if isinstance(s, ast.Let)}
+    lets: dict[str, ast.Let] = {}
+    for let in _of_type(spec, ast.Let):
+        lets.setdefault(let.name, let)  # a second of its name is an error of its own
     names = Names(_params(spec, values, report), lets)
     unsound: set[int] = set()
     for method in _few(_of_type(spec, ast.Method), report):
@@ -93,24 +110,44 @@ def _resolve(spec: ast.Spec, library: Library, values: Values, report: Report) -
         unsound |= {id(method)} if problems else set()
     adapters = _adapters(spec)
     matches = [match for _, some in adapters for match in some]
-    _check_names(names, _known_applications(matches, extended, report), unsound, report)
-    for expr in (e for match in matches for e in _counts(match)):
-        _try(report, lambda expr=expr: Scalars(names)(expr))
+    wheres = [m.selection.where for m in matches if m.selection.where is not None]
+    for pattern in _few(_patterns(spec), report):
+        compile_selector(pattern, report)
+    _check_wheres(wheres, names, report)
+    _check_names(names, _applications(matches, extended, unsound, report), unsound, report)
+    here = replace(names, decide=_either)
+    for expr in (e for match in matches for e in _counts(match.selection)):
+        _try(report, lambda expr=expr: Scalars(here, _either)(expr))
     if not matches:
         _no_statement(spec, report)
     return Resolved(spec, extended, names, adapters)
 
 
+def _patterns(spec: ast.Spec) -> Iterator[ast.Regex | ast.Glob]:
+    return (n for n in nodes(spec) if isinstance(n, ast.Regex | ast.Glob))
+
+
+def _check_wheres(wheres: list[ast.Expression], names: Names, report: Report) -> None:
+    """Every `where`, with what it asks about open."""
+
+    def run(decide: Decide) -> None:
+        here = replace(names, site=FACTS, decide=decide)
+        for where in _few(wheres, report):
+            _try(report, lambda where=where: Filter(here, decide).holds(where))
+
+    each_way(run)
+
+
 def _check_names(
     names: Names,
-    applications: list[tuple[ast.Application, ast.Method]],
+    applications: list[tuple[ast.Application, ast.Method | None]],
     unsound: set[int],
     report: Report,
 ) -> None:
     """Every let and every argument, with the site open and each condition on it both ways.
 
-    unsound: the methods that are wrong by themselves, by identity; at no arguments are they looked
-        at again.
+    unsound: the methods and applications that are wrong by themselves, by identity; at no arguments
+        are they looked at again.
     """
     open_site = {name: symbol(name) for name in SITE_NAMES}
     checked: set[tuple[int, Arguments]] = set()
@@ -120,33 +157,20 @@ def _check_names(
         for name in _few(here.lets, report):
             _try(report, lambda name=name: here[name])
         for application, method in _few(applications, report):
+            if method is None:
+                for keyword in application.arguments:
+                    _try(report, lambda k=keyword: Scalars(here, decide)(k.value))
+                continue
             given = _try(report, lambda a=application, m=method: arguments(a, m, here))
             key = (id(method), given or ())
-            if given is None or id(method) in unsound or key in checked:
+            wrong = {id(method), id(application)} & unsound
+            if given is None or wrong or key in checked:
                 continue
             if len(checked) < _MAX_APPLICATIONS:
                 checked.add(key)
-                report.extend(_unfit(application, method, given))
+                report.extend(unfit(application, method, given))
 
     each_way(run)
-
-
-def _unfit(
-    application: ast.Application, method: ast.Method, given: Arguments
-) -> Iterator[Diagnostic]:
-    """What is wrong with a method at these arguments, underlined where they are given."""
-    keywords = {k.name: k.span for k in application.arguments}
-    for found in check_arguments(method, dict(given)):
-        said = [] if found.span is None else re.findall(r"\w+", found.span.text)
-        places = [keywords[name] for name in dict.fromkeys(said) if name in keywords]
-        yield _moved(found, places[0] if len(places) == 1 else application.span)
-
-
-def _moved(found: Diagnostic, place: Span) -> Diagnostic:
-    related = found.related
-    if found.span is not None:
-        related = (*related, (found.label or "needed here", found.span))
-    return replace(found, span=place, label="", related=related)
 
 
 T = TypeVar("T")
@@ -160,11 +184,11 @@ def _few(items: Iterable[T], report: Report) -> Iterator[T]:
         yield item
 
 
-def _counts(match: ast.Match) -> Iterator[ast.Expression]:
+def _counts(selection: ast.Selection) -> Iterator[ast.Expression]:
     """The expressions of a statement that are evaluated when its sites are selected."""
-    if match.expect is not None:
-        yield match.expect
-    for step in () if match.scope is None else match.scope.steps:
+    if selection.expect is not None:
+        yield selection.expect
+    for step in (step for scope in selection.scopes for step in scope.steps):
         match step.index:
             case ast.Indices():
                 yield from step.index.values
@@ -201,6 +225,17 @@ def _adapters(spec: ast.Spec) -> tuple[tuple[str, tuple[ast.Match, ...]], ...]:
 
 def _of_type(spec: ast.Spec, cls: type[T]) -> list[T]:
     return [s for s in spec.statements if isinstance(s, cls)]
+
+
+def _check_uses(spec: ast.Spec, report: Report) -> None:
+    """E130 for each `use` that is left: a spec that was loaded from a file has none."""
+    for use in _of_type(spec, ast.Use):
+        report.error(
+            "E130",
+            f'`use "{use.path}"` stands in a text, and there is no file beside a text',
+            use.span,
+            hint="write the spec to a file, and give its path",
+        )
 
 
 def _check_duplicates(spec: ast.Spec, report: Report) -> None:
@@ -245,7 +280,7 @@ def _params(spec: ast.Spec, values: Values, report: Report) -> dict[str, object]
     params: dict[str, object] = {}
     for name, param in declared.items():
         # A param that failed is open, so that what uses it is not reported as well.
-        params[name] = symbol(name) if param.type in ("int", "float") else Open(name)
+        params[name] = open_value(param)
         _try(
             report,
             lambda name=name, param=param: params.update({name: _param(param, values, params)}),
@@ -263,7 +298,7 @@ def _param(param: ast.Param, values: Values, known: Mapping[str, object]) -> obj
     elif param.default is None:
         refuse("E118", f"`{param.name}` needs a value", param.span, hint=f"--set {param.name}=…")
     else:
-        value = Scalars(known)(param.default)
+        value = Scalars(known, _either)(param.default)
     return typed(value, param.type, param.name, param.span)
 
 
@@ -287,82 +322,28 @@ def parse_value(text: str, param: ast.Param) -> object:
 # -------------------------------------------------------------------------------- arguments
 
 
-def _known_applications(
-    matches: Iterable[ast.Match], library: Library, report: Report
-) -> list[tuple[ast.Application, ast.Method]]:
-    """The applications whose method and argument names are known."""
-    found: list[tuple[ast.Application, ast.Method]] = []
+def _applications(
+    matches: Iterable[ast.Match], library: Library, unsound: set[int], report: Report
+) -> list[tuple[ast.Application, ast.Method | None]]:
+    """The applications with their methods; `unsound` gets those with arguments of wrong names."""
+    found: list[tuple[ast.Application, ast.Method | None]] = []
     for match in _few(matches, report):
         application = match.application
         method = library.method(application.method)
+        found.append((application, method))
         if method is None:
-            _unknown_method(application, library, report)
+            report.extend([unknown_method(application, library)])
             continue
-        problems = [*_signature_problems(application, method)]
+        problems = [*signature_problems(application, method)]
         report.extend(problems)
-        if not problems:
-            found.append((application, method))
+        unsound |= {id(application)} if problems else set()
     return found
 
 
-def _unknown_method(application: ast.Application, library: Library, report: Report) -> None:
-    name = application.method
-    report.error(
-        "E121",
-        f"unknown method `{name}`",
-        application.span.within(0, len(name)),
-        label=did_you_mean(name, library.names()),
-        hint=f"there are: {', '.join(library.names())}",
-    )
-
-
-def _signature_problems(application: ast.Application, method: ast.Method) -> Iterable[Diagnostic]:
-    known = {a.name: a for a in method.arguments}
-    seen: set[str] = set()
-    for keyword in application.arguments:
-        if keyword.name not in known:
-            yield Diagnostic(
-                "E122",
-                f"{method.name}() has no argument `{keyword.name}`",
-                keyword.span.within(0, len(keyword.name)),
-                did_you_mean(keyword.name, known),
-                f"it has: {', '.join(known) or 'none'}",
-            )
-        if keyword.name in seen:
-            yield Diagnostic(
-                "E107", f"`{keyword.name}` is given twice", keyword.span, hint="leave one out"
-            )
-        seen.add(keyword.name)
-    for name, argument in known.items():
-        if argument.default is None and name not in seen:
-            yield Diagnostic(
-                "E118", f"{method.name}() needs `{name}`", application.span, hint=f"{name} = …"
-            )
-
-
-def arguments(application: ast.Application, method: ast.Method, names: Names) -> Arguments:
-    """The value of every argument, defaults included, in the order of the signature.
-
-    Raises DefinitionError.
-    """
-    given = {k.name: k for k in application.arguments}
-    values: dict[str, object] = {}
-    for argument in method.arguments:
-        keyword = given.get(argument.name)
-        if keyword is not None:
-            value = Scalars(names, names.decide)(keyword.value)
-            values[argument.name] = typed(value, argument.type, argument.name, keyword.span)
-        elif argument.default is not None:
-            value = Scalars(values, names.decide)(argument.default)
-            values[argument.name] = typed(value, argument.type, argument.name, argument.span)
-    return tuple(values.items())
-
-
-@lru_cache(maxsize=512)
-def site_dependent(application: ast.Application, lets: tuple[str, ...]) -> bool:
-    """Whether an argument may differ from site to site; a let is taken to be able to."""
-    watched = {*SITE_NAMES, *lets}
-    return any(not watched.isdisjoint(mentioned(k.value)) for k in application.arguments)
+def _either(condition: ast.Expression) -> bool:
+    """Open is only what depends on a param that failed, and what it would be is never used."""
+    del condition
+    return True
 
 
 def _try(report: Report, compute: Callable[[], T]) -> T | None:

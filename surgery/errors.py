@@ -119,7 +119,7 @@ def _excerpt(span: Span, label: str) -> list[str]:
     margin = "".join("\t" if c == "\t" else " " for c in text[:at])
     return [
         f"{gutter} ┌─ {span}",
-        f"{line} │ {text}",
+        f"{line} │ {text}".rstrip(),
         f"{gutter} │ {margin}{'^' * width} {label}".rstrip(),
     ]
 
@@ -229,6 +229,14 @@ class Report:
         """Take over findings made elsewhere."""
         for diagnostic in diagnostics:
             self._keep(diagnostic)
+
+    def arrange(self) -> None:
+        """Put the findings in the order of their places: those of none first, then file by file."""
+        files = dict.fromkeys(d.span.source.name for d in self.found if d.span is not None)
+        order = {name: at for at, name in enumerate(files, 1)}
+        self.found.sort(
+            key=lambda d: (order[d.span.source.name], d.span.start) if d.span else (0, 0)
+        )
 
     @property
     def failed(self) -> bool:

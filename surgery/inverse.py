@@ -6,7 +6,7 @@ writes into a base tensor: the exact undo gives the same tensors back.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,17 +17,20 @@ from surgery.algebra.expr import WEIGHT, Expr
 from surgery.algebra.interpret import Domain, Evaluator
 from surgery.algebra.rules import is_zero
 from surgery.errors import Report, refuse
-from surgery.lower import key_of
-from surgery.model import storage
+from surgery.lower import by_module
+from surgery.model import storage, ties
 from surgery.model.holder import SHARED, children_of, holder_of, parameters_of
 from surgery.model.hooked import execution_device, release
+from surgery.model.parts import Part, cut
 from surgery.mount import (
     dismount,
     mount,
     parameter_of,
     remove_parameters,
     set_requires_grad,
+    unlink_follower,
 )
+from surgery.nodes import Lowerings
 from surgery.plan import Plan, PlannedSite
 from surgery.state import MergedSite, State, Undo, forget_state, require_state
 
@@ -52,16 +55,19 @@ class Inverse:
         done: dict[str, MergedSite] = {}
         try:
             for site in sites:
-                done[site.path] = _merge_site(site, self._tensors(state, site), undo)
+                merged = _merge_site(site, self._tensors(state, site), undo)
+                done[site.path] = _once(merged, done.values())
         except BaseException:
-            for merged in done.values():
+            for merged in reversed(done.values()):
                 _put_back(merged)
             raise
         if undo != "exact":  # until here the base was kept, for nothing to change if this fails
             done = {path: replace(merged, weight=None) for path, merged in done.items()}
         state.merged, state.is_merged, state.undo = done, True, undo
-        for site in sites:
-            dismount(site.site.module)
+        if any(site.site.tie == "untie" for site in sites):
+            state.untied = ties.untie(self.model)
+        for module, _ in _modules(state):
+            dismount(module)
 
     def unmerge(self) -> None:
         """Take the adapter out of the weights again; the forward runs it as before.
@@ -71,14 +77,15 @@ class Inverse:
         """
         state = require_state(self.model)
         _check_unmerge(state)
-        sites = _live_sites(state)
         if state.undo == "algebraic":
             self._undo_by_arithmetic(state)
-        for merged in state.merged.values():
+        for merged in reversed(state.merged.values()):
             _put_back(merged)
         state.merged, state.is_merged = {}, False
-        for site in sites:
-            mount(site.site.module, key_of(_plan(state, site), site.form, site.adapter))
+        ties.tie_again(state.untied)
+        state.untied = ()
+        for module, keys in _modules(state):
+            mount(module, keys)
 
     def unload(self, *, keep_merge: bool = False) -> nn.Module:
         """Take every adapter off the model, from any state; the base is as it was, to the bit.
@@ -93,8 +100,8 @@ class Inverse:
             self.unmerge()
         for adapter in state.adapters.values():
             for site in adapter.sites:
-                dismount(site.site.module)
-                remove_parameters(site.site.module, adapter.name)
+                dismount_site(site)
+                remove_site(site)
             remove_parameters(self.model, adapter.name)  # what its sites shared
         set_requires_grad(self.model, state.flags)
         release(self.model)
@@ -121,9 +128,9 @@ class Inverse:
             for site, weight in solved:
                 kept = storage.detach_parameter(site.site.module, "weight")
                 done.append(MergedSite(site, weight=kept))
-                storage.write(site.site.module, site.form.kind, weight.to(_dtype(site)))
+                _write_rows(site, weight)
         except BaseException:
-            for merged in done:
+            for merged in reversed(done):
                 _put_back(merged)
             raise
 
@@ -136,7 +143,7 @@ def parameters_at(model: nn.Module, plan: Plan, site: PlannedSite) -> dict[str, 
     found: dict[str, Tensor] = {}
     for p in site.form.parameters:
         if not p.shared:
-            found[p.name] = parameter_of(site.site.module, site.adapter, p.name)
+            found[p.name] = parameter_of(site.site.module, site.holders, p.name)
             continue
         key = (site.adapter, site.form.method.name, site.form.arguments, p.name)
         value = shared_parameter(model, site.adapter, plan.groups[key], p.name)
@@ -157,6 +164,24 @@ def shared_parameter(model: nn.Module, adapter: str, group: str, name: str) -> T
 
 def _plan(state: State, site: PlannedSite) -> Plan:
     return state.adapters[site.adapter].plan
+
+
+def dismount_site(site: PlannedSite) -> None:
+    """Let a site, and the layers that share its weight, run their own forward."""
+    for module in (site.site.module, *site.site.followers):
+        dismount(module)
+
+
+def remove_site(site: PlannedSite) -> None:
+    """Take an adapter's parameters off a site, and off the layers that share its weight."""
+    remove_parameters(site.site.module, site.adapter)
+    for follower in site.site.followers:
+        unlink_follower(follower, site.adapter)
+
+
+def _modules(state: State) -> list[tuple[nn.Module, Lowerings]]:
+    """The modules that the live adapter runs at."""
+    return [] if state.live is None else by_module(state.adapters[state.live].plan, state.live)
 
 
 def _live_sites(state: State) -> tuple[PlannedSite, ...]:
@@ -244,10 +269,9 @@ class _Tensors:
             case "witness":
                 value = self.witnesses[expr.text("name")]
             case "weight" | "merged":
-                value = storage.read(module, form.kind)
+                value = _rows(site=self.site, whole=storage.read(module, form.kind))
             case _:
-                value = storage.read_bias(module)
-        assert value is not None  # checked before anything was changed
+                value = _rows(site=self.site, whole=storage.read_bias(module))
         return value.to(self._anchor().device, torch.float64)
 
 
@@ -264,13 +288,62 @@ def _merge_site(site: PlannedSite, parameters: Mapping[str, Tensor], undo: Undo)
         kept = replace(kept, weight=storage.detach_parameter(module, "weight"))
     try:
         if weight is not None:
-            storage.write(module, site.form.kind, weight.to(_dtype(site)))
+            _write_rows(site, weight)
         if bias is not None:
-            storage.write_parameter(module, "bias", bias.to(_dtype(site)))
+            _write_bias(site, bias)
     except BaseException:
         _put_back(kept)
         raise
     return kept
+
+
+def _once(merged: MergedSite, before: Iterable[MergedSite]) -> MergedSite:
+    """Without what a site before, which is rows of the same layer, keeps already."""
+    module = merged.site.site.module
+    known = [m for m in before if m.site.site.module is module]
+    return replace(
+        merged,
+        weight=None if any(m.weight is not None for m in known) else merged.weight,
+        bias=None if any(m.bias is not None for m in known) else merged.bias,
+    )
+
+
+def _rows(site: PlannedSite, whole: Tensor | None) -> Tensor:
+    assert whole is not None  # checked before anything was changed
+    return cut(site.site.part, whole)
+
+
+def _write_rows(site: PlannedSite, weight: Tensor) -> None:
+    """The site's weight becomes another, and the rest of the layer's matrix stays."""
+    module, part = site.site.module, site.site.part
+    weight = weight.to(_dtype(site))
+    if part is not None:
+        weight = _replaced(part, storage.read(module, site.form.kind), weight)
+    storage.write(module, site.form.kind, weight)
+    _follow(site)
+
+
+def _follow(site: PlannedSite) -> None:
+    """Let the layers that share a site's weight share what it is now."""
+    for follower in site.site.followers:
+        parameters_of(follower)["weight"] = parameters_of(site.site.module)["weight"]
+
+
+def _write_bias(site: PlannedSite, bias: Tensor) -> None:
+    """The site's bias becomes another; a layer without one gets zeros for the rest."""
+    module, part = site.site.module, site.site.part
+    bias = bias.to(_dtype(site))
+    if part is not None:
+        there = storage.read_bias(module)
+        bias = _replaced(part, bias.new_zeros(part.whole) if there is None else there, bias)
+    storage.write_parameter(module, "bias", bias)
+
+
+def _replaced(part: Part, whole: Tensor | None, rows: Tensor) -> Tensor:
+    assert whole is not None  # checked before anything was changed
+    made = whole.detach().clone()
+    part.of(made).copy_(rows)
+    return made
 
 
 def _dtype(site: PlannedSite) -> torch.dtype:
@@ -295,5 +368,6 @@ def _put_back(merged: MergedSite) -> None:
     module = merged.site.site.module
     if merged.weight is not None:
         storage.put_back(module, "weight", merged.weight)
+        _follow(merged.site)
     if merged.bias is not None:
         storage.put_back(module, "bias", merged.bias)

@@ -8,44 +8,30 @@ from __future__ import annotations
 
 import linecache
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx
-from torch.fx.node import map_aggregate
-from torch.fx.proxy import GraphAppendingTracer
+from torch import Tensor, fx, nn
 
-from surgery.algebra.expr import Expr
-from surgery.algebra.interpret import Domain, Interpreter, Unlowerable
+from surgery.algebra.expr import WEIGHT
+from surgery.algebra.interpret import Unlowerable
+from surgery.algebra.rules import is_zero
 from surgery.errors import Report
-from surgery.model.holder import ADAPTERS, SHARED
-from surgery.model.layers import InputForm
-from surgery.plan import Plan, SiteClass
-
-
-@dataclass(frozen=True)
-class Lowering:
-    """What a graph depends on: the class of site, the adapter's name, the shared parameters.
-
-    banks: for each shared parameter, the holder's name below `SHARED` and its stored shape.
-    """
-
-    form: SiteClass
-    adapter: str
-    banks: tuple[tuple[str, str, tuple[int, ...]], ...] = ()
-
-    def __deepcopy__(self, memo: dict[int, object]) -> Lowering:
-        """Itself, since it is immutable and shared by all sites that are alike."""
-        return self
+from surgery.model.layers import LayerKind
+from surgery.model.parts import Part
+from surgery.model.storage import ParameterName
+from surgery.nodes import GraphPort, Layer, Lowering, Lowerings, at_site, cast_like
+from surgery.plan import Plan, PlannedSite, SharedParameter, SiteClass
+from surgery.planned import SharedKey
 
 
 @dataclass(frozen=True)
 class SiteGraph:
-    """A lowered class of sites: its graph, its source, and the function compiled from it.
+    """The graph of a module with its sites, its source, and the function compiled from it.
 
-    run: `run(module, input)`, the forward of a mounted site.
+    run: `run(module, input)`, the forward of a mounted module; for a parameter, `run(module)`.
     """
 
     graph: fx.Graph
@@ -53,22 +39,38 @@ class SiteGraph:
     run: Callable[..., Tensor]
 
 
-def cast_like(x: Tensor, other: Tensor) -> Tensor:
-    """X in the dtype of another; as it is under autocast, which casts where it must.
+@lru_cache(maxsize=4096)
+def lower(keys: Lowerings) -> SiteGraph:
+    """The graph of a class of modules. Raises `Unlowerable` where an equation cannot run there.
 
-    The dtype is read when it runs: the model may have been cast since it was adapted.
+    A module with one site that is all of it, or with sites that are rows of it and do not overlap.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        return x
-    return x.to(other.dtype)
+    return _site_graph(_build(keys))
 
 
 @lru_cache(maxsize=4096)
-def lower(key: Lowering) -> SiteGraph:
-    """The graph of a class of sites. Raises `Unlowerable` where an equation cannot run there."""
-    graph = _build(key)
+def lower_values(keys: Lowerings) -> Mapping[ParameterName, SiteGraph]:
+    """For modules that are reached by their weight: the graph of each parameter that changes.
+
+    Raises `Unlowerable` where there is no weight to be computed.
+    """
+    found: dict[ParameterName, SiteGraph] = {}
+    for name in RAW:
+        if any([_changes(key.form, name) for key in keys]):
+            found[name] = _site_graph(_build_value(keys, name))
+    return found
+
+
+def _site_graph(graph: fx.Graph) -> SiteGraph:
     code = graph.python_code("self")
     return SiteGraph(graph, code.src, _compiled(code.src, code.globals))
+
+
+def graphs(keys: Lowerings) -> Mapping[str, SiteGraph]:
+    """All graphs of a module: `forward`, or those of its parameters."""
+    if keys[0].form.mode == "value":
+        return {**lower_values(keys)}
+    return {"forward": lower(keys)}
 
 
 def check(plan: Plan) -> None:
@@ -80,7 +82,10 @@ def check(plan: Plan) -> None:
             continue
         seen.add(id(site.form))
         try:
-            lower(key_of(plan, site.form, site.adapter))
+            key = _key(plan, site)
+            graphs((key,))
+            if site.site.followers:
+                graphs((_following(key),))
         except Unlowerable as obstacle:
             report.error(
                 "E305",
@@ -92,9 +97,37 @@ def check(plan: Plan) -> None:
     report.stop()
 
 
-def key_of(plan: Plan, form: SiteClass, adapter: str) -> Lowering:
-    """What the graph of a site of this class is looked up by."""
+def by_module(plan: Plan, adapter: str) -> list[tuple[nn.Module, Lowerings]]:
+    """Every module with sites of an adapter, in order, and what its graph is looked up by."""
     shared = {s.key: s for s in plan.shared}
+    found: dict[int, list[PlannedSite]] = {}
+    for site in plan.sites:
+        if site.adapter == adapter:
+            found.setdefault(id(site.site.module), []).append(site)
+    modules: list[tuple[nn.Module, Lowerings]] = []
+    for sites in found.values():
+        keys = tuple(_key_of(plan, s, shared) for s in sorted(sites, key=_start))
+        modules.append((sites[0].site.module, keys))
+        following = tuple(map(_following, keys))
+        modules += [(module, following) for module in sites[0].site.followers]
+    return modules
+
+
+def _following(key: Lowering) -> Lowering:
+    """What a layer that shares the weight of a site is lowered by."""
+    return replace(key, form=replace(key.form, mode="value"), follows=True)
+
+
+def _start(site: PlannedSite) -> int:
+    return 0 if site.site.part is None else site.site.part.start
+
+
+def _key(plan: Plan, site: PlannedSite) -> Lowering:
+    return _key_of(plan, site, {s.key: s for s in plan.shared})
+
+
+def _key_of(plan: Plan, site: PlannedSite, shared: Mapping[SharedKey, SharedParameter]) -> Lowering:
+    form, adapter = site.form, site.adapter
     keys = {p.name: (adapter, form.method.name, form.arguments, p.name) for p in form.parameters}
     banks = tuple(
         (name, plan.groups[key], shared[key].shape) for name, key in keys.items() if key in shared
@@ -105,175 +138,107 @@ def key_of(plan: Plan, form: SiteClass, adapter: str) -> Lowering:
 # ------------------------------------------------------------------------------- the graph
 
 
-class _Value(fx.Proxy):
-    """A value in the graph.
-
-    Whatever is called with one is a function: a method of it never comes this way. `fx.Proxy` would
-    ask torch, which makes a table of all that can be overridden for the answer.
-    """
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        orig_method: Callable[..., Any],
-        types: tuple[type, ...],
-        args: tuple[Any, ...] | None = None,
-        kwargs: dict[str, Any] | None = None,
-    ) -> fx.Proxy:
-        del types
-        found: list[fx.Proxy] = []
-        map_aggregate(cast(Any, (args, kwargs)), lambda a: _noted(a, found))
-        return found[0].tracer.create_proxy("call_function", orig_method, args or (), kwargs or {})
-
-
-def _noted(value: Any, found: list[fx.Proxy]) -> Any:
-    if isinstance(value, fx.Proxy):
-        found.append(value)
-    return value
-
-
-class _Tracer(GraphAppendingTracer):
-    """Appends to a graph, in values of the class above."""
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Value(node, self)
-
-
-class _GraphPort:
-    """What a site offers, as nodes of a graph."""
-
-    def __init__(self, graph: fx.Graph, tracer: GraphAppendingTracer, form: SiteClass) -> None:
-        self.form_class = form
-        self.form: InputForm = form.kind.input
-        self.groups = form.sizes.groups
-        self.mixed = form.dtype != form.base_dtype
-        self.graph = graph
-        self.tracer = tracer
-        self.output: Any = None
-        self.anchor: Callable[[], Any] = lambda: None  # some tensor of the parameters' dtype
-        self._cast: dict[Any, Any] = {}
-
-    def attribute(self, path: str) -> Any:
-        """A node that reads an attribute of the site."""
-        return self.tracer.proxy(self.graph.get_attr(path))
-
-    def function(self, target: Callable[..., Any], *args: Any) -> Any:
-        """A node that calls a function which proxies do not see by themselves."""
-        return self.tracer.create_proxy("call_function", target, args, {})
-
-    def base(self, x: Any, changed: bool) -> Any:
-        """The site's own layer."""
-        if changed and self.mixed and self.form != "indices":
-            x = self.function(cast_like, x, self.attribute("weight"))
-        self.output = self.tracer.create_proxy("call_module", "base", (x,), {})
-        return self.form_class.kind.features_last(self.output)
-
-    def apply(self, matrix: Any, x: Any, whole: bool) -> Any:
-        """A whole matrix on the input."""
-        form = self.form_class
-        if self.form != "indices":
-            x = self.features(x)
-        return form.kind.apply(matrix, x, form.sizes, form.geometry, whole)
-
-    def features(self, x: Any) -> Any:
-        """The input in the dtype of the parameters."""
-        if not self.mixed:
-            return x
-        if x not in self._cast:
-            self._cast[x] = self.function(cast_like, x, self.anchor())
-        return self._cast[x]
-
-    def widen(self, y: Any) -> Any:
-        """The layer's output in the dtype of the parameters."""
-        return self.function(cast_like, y, self.anchor()) if self.mixed else y
-
-    def scale_channels(self, x: Any, factors: Any) -> Any:
-        """Patches times a factor a channel."""
-        scale = self.form_class.kind.scale
-        assert scale is not None
-        return scale(self.features(x), factors, self.form_class.sizes)
-
-    def training(self) -> Any:
-        """Whether the site is in training mode, read when it runs."""
-        return self.attribute("training")
-
-
-def _build(key: Lowering) -> fx.Graph:
-    form = key.form
+def _build(keys: Lowerings) -> fx.Graph:
     graph = fx.Graph()
-    tracer = _Tracer(graph)
-    x = tracer.proxy(graph.placeholder(form.kind.argument))
-    port = _GraphPort(graph, tracer, form)
-    leaves = _Leaves(key, port)
-    port.anchor = leaves.anchor
-    domain = Domain(form.names, leaves, leaves.anchor)
-    y = Interpreter(domain, port, form.has_bias).run(form.derived, cast(Tensor, x))
-    graph.output(_finished(cast(Any, y), port).node)
+    kind = keys[0].form.kind
+    layer = Layer(graph, kind.argument)
+    found = [(key.form.part, _site_nodes(key, layer)) for key in keys]
+    y = found[0][1] if found[0][0] is None else _joined(found, layer, kind)
+    graph.output(cast(Any, kind.features_back(y)).node)
     graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output"))
     graph.lint()
     return graph
 
 
-def _finished(y: Any, port: _GraphPort) -> Any:
-    """The output in the layout and dtype of the site's own."""
-    form = port.form_class
-    y = form.kind.features_back(y)
+def _site_nodes(key: Lowering, layer: Layer) -> Any:
+    """The output of one site, features last."""
+    interpreter, port = at_site(key, layer)
+    return _finished(interpreter.run(key.form.derived, cast(Tensor, layer.input)), port)
+
+
+def _joined(found: list[tuple[Part | None, Any]], layer: Layer, kind: LayerKind) -> Any:
+    """The outputs of parts, and between them the layer's own."""
+
+    def own(start: int, length: int) -> Any:
+        return kind.features_last(layer.output).narrow(-1, start, length)
+
+    return layer.function(torch.cat, _filled(found, own), -1)
+
+
+def _filled(found: list[tuple[Part | None, Any]], own: Callable[[int, int], Any]) -> list[Any]:
+    """The values of parts in order, and between them `own(start, length)`."""
+    pieces: list[Any] = []
+    at = whole = 0
+    for part, value in found:
+        assert part is not None  # a whole stands alone
+        if part.start > at:
+            pieces.append(own(at, part.start - at))
+        pieces.append(value)
+        at, whole = part.stop, part.whole
+    if at < whole:
+        pieces.append(own(at, whole - at))
+    return pieces
+
+
+# ------------------------------------------------------------------------------ a parameter
+
+RAW: Mapping[ParameterName, str] = {"weight": "surgery_weight", "bias": "surgery_bias"}
+"""Under which names a module that is reached by its weight has its own parameters."""
+
+
+def _changes(form: SiteClass, name: ParameterName) -> bool:
+    """Whether an adapter changes the weight, or the bias, of a layer; Unlowerable if by neither."""
+    merged = form.derived.merged
+    if merged is None:
+        raise Unlowerable(form.derived.reason)
+    if name == "weight":
+        return merged.weight is not WEIGHT
+    return not (merged.bias.op == "bias" or is_zero(merged.bias))
+
+
+def _build_value(keys: Lowerings, name: ParameterName) -> fx.Graph:
+    graph = fx.Graph()
+    layer = Layer(graph, None, {**RAW})
+    found = [(key.form.part, _value_nodes(key, layer, name)) for key in keys]
+    value = found[0][1]
+    if found[0][0] is not None:
+        value = layer.function(torch.cat, _filled(found, _own_rows(keys[0].form, layer, name)))
+    if name == "weight":
+        value = keys[0].form.kind.from_matrix(value, layer.attribute(name).shape)
+    graph.output(cast(Any, value).node)
+    graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output"))
+    graph.lint()
+    return graph
+
+
+def _value_nodes(key: Lowering, layer: Layer, name: ParameterName) -> Any:
+    """The rows of a site, in the dtype of the layer's own."""
+    interpreter, port = at_site(key, layer)
+    merged = key.form.derived.merged
+    assert merged is not None  # else it is refused before
+    value: Any = interpreter.value(merged.weight if name == "weight" else merged.bias)
+    return value.to(port.attribute("weight").dtype) if port.mixed else value
+
+
+def _own_rows(form: SiteClass, layer: Layer, name: ParameterName) -> Callable[[int, int], Any]:
+    """What a parameter is where no site changes it; an absent bias is zero."""
+
+    def own(start: int, length: int) -> Any:
+        weight = layer.attribute("weight")
+        if name == "weight":
+            return form.kind.to_matrix(weight).narrow(0, start, length)
+        if form.has_bias:
+            return layer.attribute(name).narrow(0, start, length)
+        return weight.new_zeros(length)
+
+    return own
+
+
+def _finished(y: Any, port: GraphPort) -> Any:
+    """The output in the dtype of the site's own."""
     if port.output is not None:
         return y.to(port.output.dtype)
     return port.function(cast_like, y, port.attribute("weight")) if port.mixed else y
-
-
-class _Leaves:
-    """The tensors an equation reads, as nodes, each read once."""
-
-    def __init__(self, key: Lowering, port: _GraphPort) -> None:
-        self.key = key
-        self.port = port
-        self.banks = {name: (group, shape) for name, group, shape in key.banks}
-        self.read: dict[Expr, Any] = {}
-        self.parameters: dict[str, Any] = {}
-
-    def __call__(self, expr: Expr) -> Tensor:
-        if expr not in self.read:
-            self.read[expr] = self._leaf(expr)
-        return self.read[expr]
-
-    def anchor(self) -> Tensor:
-        """Some tensor of the dtype and device of the parameters."""
-        names = [p.name for p in self.key.form.parameters]
-        if not names:
-            return self._own("weight")
-        return self._parameter(next((n for n in names if n not in self.banks), names[0]))
-
-    def _leaf(self, expr: Expr) -> Any:
-        match expr.op:
-            case "parameter":
-                return self._parameter(expr.text("name"))
-            case "weight":
-                return self.key.form.kind.to_matrix(self._own("weight"))
-            case _:
-                return self._own(expr.op)
-
-    def _own(self, name: str) -> Any:
-        tensor, form = self.port.attribute(name), self.key.form
-        if not self.port.mixed:
-            return tensor
-        return tensor.to(cast(Any, self.anchor()).dtype if form.parameters else form.dtype)
-
-    def _parameter(self, name: str) -> Any:
-        if name not in self.parameters:
-            self.parameters[name] = self._read(name)
-        return self.parameters[name]
-
-    def _read(self, name: str) -> Any:
-        if name not in self.banks:
-            return self.port.attribute(f"{ADAPTERS}.{self.key.adapter}.{name}")
-        group, stored = self.banks[name]
-        tensor = self.port.attribute(f"{ADAPTERS}.{self.key.adapter}.{SHARED}.{group}.{name}")
-        for axis, length in enumerate(self.key.form.shapes[name]):
-            if length != stored[axis]:
-                tensor = tensor.narrow(axis, 0, length)
-        return tensor
 
 
 # -------------------------------------------------------------------------------- the code

@@ -15,6 +15,7 @@ from surgery.algebra.expr import BIAS, WEIGHT, Expr, depends_on
 from surgery.algebra.interpret import Domain, Evaluator
 from surgery.algebra.rules import constant
 from surgery.model.hooked import execution_device
+from surgery.model.parts import cut
 from surgery.model.storage import read, read_bias
 from surgery.plan import PlannedSite, SharedParameter, SiteClass
 
@@ -100,11 +101,11 @@ class _Leaves:
             case "parameter":
                 return self.made[expr.text("name")].double()
             case "weight":
-                return _double(read(module, self.site.form.kind))
+                return cut(self.site.site.part, _double(read(module, self.site.form.kind)))
             case _:
                 bias = read_bias(module)
                 absent = torch.zeros(self.site.form.sizes.fan_out, dtype=torch.float64)
-                return absent if bias is None else _double(bias)
+                return absent if bias is None else cut(self.site.site.part, _double(bias))
 
 
 def _double(tensor: Tensor | None) -> Tensor:

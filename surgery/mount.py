@@ -6,29 +6,32 @@ the adapter's parameters live in a child of the site. Nothing else of the module
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from surgery.lower import Lowering, lower
+from surgery.lower import RAW, Lowerings, lower, lower_values
 from surgery.model.holder import (
     ADAPTERS,
     SHARED,
     Holder,
     children_of,
     holder_of,
+    link_name,
+    parameters_of,
     under_adapters,
 )
 from surgery.model.hooked import swap_class
+from surgery.model.layers import base_class
 
 # Classes are kept per base class, so that Dynamo sees one type for all sites that are alike.
-_MOUNTED: WeakKeyDictionary[type[nn.Module], dict[Lowering, type[nn.Module]]] = WeakKeyDictionary()
+_MOUNTED: WeakKeyDictionary[type[nn.Module], dict[Lowerings, type[nn.Module]]] = WeakKeyDictionary()
 
 
-def mounted_class(base: type[nn.Module], key: Lowering) -> type[nn.Module]:
+def mounted_class(base: type[nn.Module], key: Lowerings) -> type[nn.Module]:
     """The subclass of `base` that runs a site graph; the same one for the same graph."""
     classes = _MOUNTED.setdefault(base, {})
     if key not in classes:
@@ -36,19 +39,13 @@ def mounted_class(base: type[nn.Module], key: Lowering) -> type[nn.Module]:
     return classes[key]
 
 
-def _make_class(base: type[nn.Module], key: Lowering) -> type[nn.Module]:
-    forward = cast(Any, base.forward)
-
-    def call_base(self: nn.Module, x: Tensor) -> Tensor:
-        return forward(self, x)
-
+def _make_class(base: type[nn.Module], key: Lowerings) -> type[nn.Module]:
     def reduce(self: nn.Module, protocol: object) -> tuple[object, ...]:
         del protocol
         return _rebuild, (base, key), self.__getstate__()
 
     members = {
-        "forward": lower(key).run,
-        "base": call_base,
+        **(_values(key) if key[0].form.mode == "value" else _call(base, key)),
         "surgery_base": base,
         "surgery_key": key,
         "__reduce_ex__": reduce,
@@ -60,12 +57,47 @@ def _make_class(base: type[nn.Module], key: Lowering) -> type[nn.Module]:
     return type(base.__name__, (base,), members)
 
 
-def _rebuild(base: type[nn.Module], key: Lowering) -> nn.Module:
+def _call(base: type[nn.Module], key: Lowerings) -> Mapping[str, object]:
+    """A forward that is a graph, which calls the base's own as `base`."""
+    forward = cast(Any, base.forward)
+
+    def call_base(self: nn.Module, x: Tensor) -> Tensor:
+        return forward(self, x)
+
+    return {"forward": lower(key).run, "base": call_base}
+
+
+def _values(key: Lowerings) -> Mapping[str, object]:
+    """Parameters that are graphs, so that the base's own forward, or its owner's, reads them."""
+    computed = {name: property(_guarded(g.run)) for name, g in lower_values(key).items()}
+    return {**computed, **{raw: property(_raw(name)) for name, raw in RAW.items()}}
+
+
+def _raw(name: str) -> Callable[[nn.Module], Tensor | None]:
+    def read(self: nn.Module) -> Tensor | None:
+        return parameters_of(self)[name]
+
+    return read
+
+
+def _guarded(run: Callable[..., Tensor]) -> Callable[[nn.Module], Tensor]:
+    """The same, with an error that no module takes for an attribute that it should look up."""
+
+    def read(self: nn.Module) -> Tensor:
+        try:
+            return run(self)
+        except AttributeError as error:
+            raise RuntimeError(f"a parameter of an adapter is missing: {error}") from error
+
+    return read
+
+
+def _rebuild(base: type[nn.Module], key: Lowerings) -> nn.Module:
     cls = mounted_class(base, key)
     return cls.__new__(cls)
 
 
-def mount(module: nn.Module, key: Lowering) -> None:
+def mount(module: nn.Module, key: Lowerings) -> None:
     """Let a module run a site graph; its parameters must be in place."""
     swap_class(module, mounted_class(base_class(module), key))
 
@@ -75,11 +107,6 @@ def dismount(module: nn.Module) -> None:
     base = base_class(module)
     if type(module) is not base:
         swap_class(module, base)
-
-
-def base_class(module: nn.Module) -> type[nn.Module]:
-    """The module's own class, mounted or not."""
-    return cast("type[nn.Module]", getattr(type(module), "surgery_base", type(module)))
 
 
 def is_mounted(module: nn.Module) -> bool:
@@ -98,13 +125,13 @@ class Tensors:
     trained: frozenset[str]
 
 
-def add_holder(module: nn.Module, adapter: str) -> Holder:
-    """The holder of an adapter's parameters, `<module>.surgery.<adapter>`; made if need be."""
+def add_holder(module: nn.Module, *names: str) -> Holder:
+    """The holder of an adapter's parameters, `<module>.surgery.<name>…`; made if need be."""
     holder = holder_of(module)
     if holder is None:
         holder = Holder()
         module.add_module(ADAPTERS, holder)
-    return holder_at(holder, adapter)
+    return holder_at(holder, *names)
 
 
 def add_parameters(holder: Holder, tensors: Tensors) -> None:
@@ -122,6 +149,16 @@ def holder_at(holder: nn.Module, *names: str) -> Holder:
             holder.add_module(name, child)
         holder = child
     return cast(Holder, holder)
+
+
+def link_follower(follower: nn.Module, adapter: str, holder: Holder) -> None:
+    """Let a layer that shares an adapted weight reach the adapter, without owning it."""
+    vars(follower)[link_name(adapter)] = holder
+
+
+def unlink_follower(follower: nn.Module, adapter: str) -> None:
+    """Take back what `link_follower` did, if it was done."""
+    vars(follower).pop(link_name(adapter), None)
 
 
 def link_shared(child: Holder, bank: Holder) -> None:
@@ -143,13 +180,14 @@ def remove_parameters(module: nn.Module, adapter: str) -> None:
         children_of(module).pop(ADAPTERS, None)
 
 
-def parameter_of(module: nn.Module, adapter: str, name: str) -> nn.Parameter:
+def parameter_of(module: nn.Module, holders: Sequence[str], name: str) -> nn.Parameter:
     """One parameter of an adapter at a site. KeyError if it has none of that name."""
-    holder = holder_of(module)
-    if holder is None:
+    at: nn.Module | None = holder_of(module)
+    for holder in holders:
+        at = None if at is None else children_of(at)[holder]
+    if at is None:
         raise KeyError(name)
-    child = children_of(holder)[adapter]
-    return cast("dict[str, nn.Parameter]", vars(child)["_parameters"])[name]
+    return cast("dict[str, nn.Parameter]", vars(at)["_parameters"])[name]
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

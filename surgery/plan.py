@@ -7,7 +7,7 @@ shape. All that is derived, checked and later lowered is done once for a class.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from math import prod
 
@@ -17,10 +17,14 @@ from torch import nn
 from surgery.algebra import scalars
 from surgery.algebra.derive import derive
 from surgery.algebra.elaborate import asks_sizes, instantiate
-from surgery.check import Arguments, Names, Resolved, arguments, site_dependent
+from surgery.algebra.filters import Filter, asks
+from surgery.check import Arguments, Names, Resolved, applied, arguments, site_dependent
 from surgery.errors import Diagnostic, Report, Span, SurgeryError
 from surgery.fit import misfits
 from surgery.language import syntax as ast
+from surgery.model.facts import Facts
+from surgery.model.nearest import plural
+from surgery.model.parts import Part, overlap
 from surgery.model.sites import Inventory, Site, admit, select, survey
 from surgery.planned import Plan, PlannedSite, SharedParameter, SiteClass
 
@@ -49,6 +53,7 @@ def plan(resolved: Resolved, model: nn.Module, dtype: torch.dtype | None = None)
     inventory = survey(model)
     planner = _Planner(resolved, inventory, dtype, report)
     sites = tuple(planner.sites())
+    report.arrange()
     report.stop()
     return _planned(resolved, inventory, sites, report)
 
@@ -73,12 +78,17 @@ def _planned(
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """One site with its method, as an artifact states it; nothing is left to be selected."""
+    """One site with its method, as an artifact states it; nothing is left to be selected.
+
+    path: of the module.
+    """
 
     path: str
     method: ast.Method
     arguments: Arguments
     span: Span
+    part: Part | None = None
+    tie: ast.Tie | None = None
 
 
 def plan_assignments(
@@ -103,12 +113,24 @@ def plan_assignments(
             hint = f"the nearest is `{near[0]}`" if near else "it was made for another model"
             report.error("E306", f"the model has no site `{one.path}`", hint=hint)
             continue
-        site = admit(known[one.path], one.span, inventory, report)
+        site = admit(known[one.path], one.span, inventory, report, one.part, one.tie)
         form = None if site is None else planner.assigned(one, site)
         if site is not None and form is not None:
             sites.append(PlannedSite(site, adapter, form, one.span))
     report.stop()
     return _planned(resolved, inventory, tuple(sites), report)
+
+
+_Taken = dict[int, list[tuple[Part | None, ast.Match]]]
+"""By the identity of a module, which parts of it are sites already, and by which statement."""
+
+
+def _before(site: Site, taken: _Taken) -> Iterator[ast.Match]:
+    """The statements that have selected some of what a site is."""
+    for module in (site.module, *site.followers):
+        for part, match in taken.get(id(module), ()):
+            if overlap(part, site.part):
+                yield match
 
 
 class _Planner:
@@ -122,26 +144,29 @@ class _Planner:
         self.dtype = dtype
         self.report = report
         self.classes: dict[tuple[object, ...], SiteClass] = {}
+        self.refused: set[tuple[int, tuple[object, ...]]] = set()
+        self.given: dict[tuple[object, ...], Arguments] = {}
 
     def sites(self) -> Iterator[PlannedSite]:
         for adapter, matches in self.resolved.adapters:
-            taken: dict[str, ast.Match] = {}
+            taken: _Taken = {}
             for match in matches:
                 yield from self._match(adapter, match, taken)
 
-    def _match(
-        self, adapter: str, match: ast.Match, taken: dict[str, ast.Match]
-    ) -> Iterator[PlannedSite]:
+    def _match(self, adapter: str, match: ast.Match, taken: _Taken) -> Iterator[PlannedSite]:
         method = self.resolved.library.method(match.application.method)
         assert method is not None  # resolved
-        chosen = select(match, self.inventory, self.report, self._number)
+        number, holds = self._number, self._holds
+        chosen = select(match.selection, self.inventory, self.report, number, holds, match.tie)
         known = self._fixed_arguments(match.application, method)
         clashes: list[tuple[Site, ast.Match]] = []
         for site in chosen:
-            if site.path in taken:
-                clashes.append((site, taken[site.path]))
+            other = next(_before(site, taken), None)
+            if other is not None:
+                clashes.append((site, other))
                 continue
-            taken[site.path] = match
+            for module in (site.module, *site.followers):
+                taken.setdefault(id(module), []).append((site.part, match))
             form = self._class(match.application, method, site, known)
             if form is not None:
                 yield PlannedSite(site, adapter, form, match.span)
@@ -150,16 +175,34 @@ class _Planner:
     def _report_clashes(self, match: ast.Match, clashes: list[tuple[Site, ast.Match]]) -> None:
         for other in {id(m): m for _, m in clashes}.values():
             paths = [s.path for s, m in clashes if m is other]
+            where = match.selection.selector.span
+            if other is match:
+                message = f"{_some(paths)} shares its weight with another that is selected"
+                hint = "with `share` they are one site: select one of them"
+                self.report.error("E302", message, where, hint=hint)
+                continue
             self.report.error(
                 "E302",
-                f"two statements of one adapter select {len(paths)} site(s): {_some(paths)}",
-                match.selector.span,
+                f"two statements of one adapter select {plural(len(paths), 'site')}: "
+                f"{_some(paths)}",
+                where,
                 hint="leave them out of one statement with `except`",
-                related=(("already selected here", other.selector.span),),
+                related=(("already selected here", other.selection.selector.span),),
             )
 
     def _number(self, expr: ast.Expression) -> object:
         return scalars.plain(scalars.Scalars(self.resolved.names)(expr))
+
+    def _holds(self, where: ast.Expression, facts: Facts) -> bool | None:
+        """Whether a `where` holds; it does not where it asks about what a site does not have."""
+        names = self.resolved.names
+        if not asks(where, names) <= facts.keys():
+            return False
+        try:
+            return Filter(names.at(facts)).holds(where)
+        except SurgeryError as error:
+            self.report.extend(error.diagnostics)
+            return None
 
     def _fixed_arguments(
         self, application: ast.Application, method: ast.Method
@@ -182,19 +225,25 @@ class _Planner:
         known: Arguments | None,
     ) -> SiteClass | None:
         try:
-            given = (
-                known if known is not None else arguments(application, method, self._names_at(site))
-            )
+            given = known if known is not None else self._arguments(application, method, site)
         except SurgeryError as error:
             self.report.extend(_without_layer(error.diagnostics, site))
             return None
         key = (id(method), given, *_shape_of(site))
-        if key not in self.classes:
+        if key not in self.classes and (id(application), key) not in self.refused:
             form = self._derived(application, method, given, site)
             if form is None:
+                self.refused.add((id(application), key))  # said once for all sites that are alike
                 return None
             self.classes[key] = form
-        return self.classes[key]
+        return self.classes.get(key)
+
+    def _arguments(self, application: ast.Application, method: ast.Method, site: Site) -> Arguments:
+        """The arguments at a site, evaluated once for all sites that they could ask the same of."""
+        key = (id(application), site.layer, site.sizes)
+        if key not in self.given:
+            self.given[key] = arguments(application, method, self._names_at(site))
+        return self.given[key]
 
     def _names_at(self, site: Site) -> Names:
         layer = {} if site.layer is None else {"layer": site.layer}
@@ -207,7 +256,9 @@ class _Planner:
         try:
             equations = instantiate(method, given, sizes)
         except SurgeryError as error:
-            self.report.extend(_applied(d, application) for d in error.diagnostics)
+            # The first is enough: what follows in the method is mostly wrong for the same reason.
+            found = applied(error.diagnostics[0], application)
+            self.report.extend([replace(found, message=f"{found.message} at `{site.path}`")])
             return None
         form = SiteClass(
             method=method,
@@ -219,6 +270,8 @@ class _Planner:
             has_bias=site.has_bias,
             base_dtype=site.dtype,
             dtype=self.dtype or adapter_dtype(site.dtype),
+            part=site.part,
+            mode=site.mode,
         )
         problems = list(misfits(form, application, site))
         self.report.extend(problems)
@@ -231,20 +284,8 @@ def adapter_dtype(base: torch.dtype) -> torch.dtype:
 
 
 def _shape_of(site: Site) -> tuple[object, ...]:
-    return (site.kind.name, site.sizes, site.geometry, site.has_bias, site.dtype)
-
-
-def _applied(diagnostic: Diagnostic, application: ast.Application) -> Diagnostic:
-    """A finding inside a method, with the application that led there."""
-    related = (*diagnostic.related, ("applied here", application.span))
-    return Diagnostic(
-        diagnostic.code,
-        diagnostic.message,
-        diagnostic.span,
-        diagnostic.label,
-        diagnostic.hint,
-        related,
-    )
+    site_form = (site.kind.name, site.sizes, site.geometry, site.has_bias, site.dtype)
+    return (*site_form, site.part, site.mode)
 
 
 def _without_layer(diagnostics: Iterable[Diagnostic], site: Site) -> Iterator[Diagnostic]:

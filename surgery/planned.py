@@ -17,11 +17,15 @@ from surgery.algebra.derive import Derived
 from surgery.algebra.equations import Parameter
 from surgery.algebra.expr import render
 from surgery.check import Arguments, Resolved
+from surgery.difference import PlanDiff, difference
 from surgery.errors import Diagnostic, Span
 from surgery.language import syntax as ast
-from surgery.model.layers import Geometry, LayerKind, Sizes
+from surgery.model.holder import parameter_name
+from surgery.model.layers import Geometry, LayerKind, Mode, Sizes
+from surgery.model.parts import Part
 from surgery.model.sites import Site
 from surgery.report import aligned, shown, shown_bytes, shown_shape
+from surgery.work import Work, extra_work
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class SiteClass:
 
     shapes: of each parameter, in elements, as this site sees it.
     dtype: of the parameters.
+    part: which rows of the layer's matrix the sites are, if not all.
+    mode: how the layer is reached.
     """
 
     method: ast.Method
@@ -41,6 +47,8 @@ class SiteClass:
     has_bias: bool
     base_dtype: torch.dtype
     dtype: torch.dtype
+    part: Part | None = None
+    mode: Mode = "call"
 
     def __hash__(self) -> int:
         """The hash of all fields, computed once: a class stands for hundreds of sites."""
@@ -78,6 +86,11 @@ class SiteClass:
         return tuple(int(evaluate(s, self.names)) for s in shape)
 
     @cached_property
+    def work(self) -> Work | None:
+        """What a forward takes beyond the base's; None where the equation cannot run there."""
+        return extra_work(self, self.names)
+
+    @cached_property
     def equation(self) -> str:
         """The equation as derived: `W' = …`, and `b' = …` where it is not b."""
         return _equation(self.derived)
@@ -109,6 +122,20 @@ class PlannedSite:
         """The dotted path of the site."""
         return self.site.path
 
+    @property
+    def holders(self) -> tuple[str, ...]:
+        """The names of the holders of its parameters, from its module's own on."""
+        part = self.site.part
+        return (self.adapter,) if part is None else (self.adapter, part.name)
+
+    def adapted(self, name: str) -> str:
+        """The name that one of its parameters has in the adapted model."""
+        return parameter_name(self.site.owner, self.holders, name)
+
+
+SharedKey = tuple[str, str, Arguments, str]
+"""An adapter, a method, its arguments and a parameter's name."""
+
 
 @dataclass(frozen=True)
 class SharedParameter:
@@ -126,7 +153,7 @@ class SharedParameter:
     device: torch.device
 
     @property
-    def key(self) -> tuple[str, str, Arguments, str]:
+    def key(self) -> SharedKey:
         """What names it within a plan."""
         return self.adapter, self.method, self.arguments, self.parameter.name
 
@@ -180,6 +207,15 @@ class Plan:
         """The memory of all adapters, in bytes."""
         return sum(count * dtype.itemsize for count, _, dtype in self._tensors())
 
+    def work(self, adapter: str) -> Work:
+        """What a forward with an adapter takes beyond the base's, if each site sees each token."""
+        found = (s.form.work for s in self.sites if s.adapter == adapter)
+        return sum((work for work in found if work is not None), Work(0, 0))
+
+    def diff(self, other: Plan) -> PlanDiff:
+        """What another plan does otherwise: sites that one of them lacks, and sites that differ."""
+        return difference(self.as_json(), other.as_json())
+
     def _tensors(self) -> Iterator[tuple[int, bool, torch.dtype]]:
         for site in self.sites:
             for p in site.form.parameters:
@@ -199,7 +235,7 @@ class Plan:
 
 # ------------------------------------------------------------------------------- how it is shown
 
-_MERGE_NOTES = {
+MERGE_NOTES = {
     "exact": "merging changes no weight",
     "algebraic": "the merge can be undone by arithmetic alone",
     "witness": "undoing the merge needs a vector that the merge keeps",
@@ -246,7 +282,7 @@ def _equations(plan: Plan) -> list[str]:
 def _told(site: PlannedSite) -> Iterator[str]:
     """A method's equation at a site, and what follows from it."""
     form = site.form
-    note = form.derived.reason or _MERGE_NOTES[form.derived.merge_class]
+    note = form.derived.reason or MERGE_NOTES[form.derived.merge_class]
     yield f"{form.method.name}: {form.equation}"
     yield f"  {form.derived.merge_class}: {note}"
     if _adds_bias(site):
@@ -266,12 +302,20 @@ def _totals(plan: Plan) -> list[str]:
         f"the base has {plan.base_count:,} parameters, {shown_bytes(plan.base_bytes)}; "
         f"{share:.3%} of that is trained",
     ]
+    lines += [_flops(plan, name) for name in plan.adapters]
     if plan.shared:
         names = ", ".join(
             f"{s.method}.{s.parameter.name}{shown_shape(s.shape)}" for s in plan.shared
         )
         lines.append(f"shared by all their sites and counted once: {names}")
     return lines
+
+
+def _flops(plan: Plan, adapter: str) -> str:
+    work = plan.work(adapter)
+    named = f" with `{adapter}`" if len(plan.adapters) > 1 else ""
+    once = f", and {work.call:,} a call" if work.call else ""
+    return f"a forward{named} takes {work.token:,} FLOPs more for each token{once}"
 
 
 def _as_json(plan: Plan) -> dict[str, object]:
@@ -282,9 +326,12 @@ def _as_json(plan: Plan) -> dict[str, object]:
             {
                 "adapter": s.adapter,
                 "method": s.method,
+                "arguments": dict(s.arguments),
                 "name": s.parameter.name,
                 "shape": list(s.shape),
                 "trained": s.parameter.trained,
+                "dtype": _dtype(s.dtype),
+                "begins": s.parameter.begins,
             }
             for s in plan.shared
         ],
@@ -292,6 +339,7 @@ def _as_json(plan: Plan) -> dict[str, object]:
         "trainable": plan.trainable,
         "total": plan.total,
         "bytes": plan.bytes,
+        "flops": {name: _work_json(plan.work(name)) for name in plan.adapters},
         "base": {"parameters": plan.base_count, "bytes": plan.base_bytes},
         "diagnostics": [d.as_json() for d in plan.diagnostics],
     }
@@ -306,6 +354,10 @@ def _site_json(site: PlannedSite) -> dict[str, object]:
         "in": form.sizes.fan_in,
         "out": form.sizes.fan_out,
         "layer": site.site.layer,
+        "rows": None if form.part is None else [form.part.start, form.part.stop],
+        "reached_by": form.mode,
+        "dtype": _dtype(form.base_dtype),
+        "bias": form.has_bias,
         "method": form.method.name,
         "arguments": dict(form.arguments),
         "equation": form.equation,
@@ -314,11 +366,21 @@ def _site_json(site: PlannedSite) -> dict[str, object]:
                 "shape": list(form.shapes[p.name]),
                 "trained": p.trained,
                 "shared": p.shared,
-                "dtype": str(form.dtype).removeprefix("torch."),
+                "dtype": _dtype(form.dtype),
+                "begins": p.begins,
             }
             for p in form.parameters
         },
         "merge": form.derived.merge_class,
         "reason": form.derived.reason,
         "adds_bias": _adds_bias(site),
+        "flops": None if form.work is None else _work_json(form.work),
     }
+
+
+def _work_json(work: Work) -> dict[str, object]:
+    return {"token": work.token, "call": work.call}
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

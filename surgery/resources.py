@@ -27,6 +27,11 @@ def formats_dir() -> Path:
     return specs_dir() / "formats"
 
 
+def errors_dir() -> Path:
+    """The folder of the catalogue of errors: a file for each family of codes."""
+    return specs_dir() / "errors"
+
+
 def _folder(name: str) -> Path:
     # An editable install runs the package in its checkout, so two places are all there are.
     packaged = _PACKAGE / "_data" / name

@@ -13,15 +13,23 @@ from torch import Tensor, fx, nn
 from surgery import lower, materialize, mount
 from surgery.check import Resolved, Values, findings, resolve
 from surgery.errors import Diagnostic, Report, SurgeryError, refuse
-from surgery.inverse import Inverse, parameters_at, shared_parameter
+from surgery.include import load
+from surgery.inverse import (
+    Inverse,
+    dismount_site,
+    parameters_at,
+    remove_site,
+    shared_parameter,
+)
 from surgery.language.library import Library
-from surgery.language.parse import load, parse
+from surgery.language.parse import parse
 from surgery.language.syntax import Spec
-from surgery.model.holder import SHARED, holder_of, parameter_name, shared_name
+from surgery.model.holder import SHARED, holder_of, shared_name
 from surgery.model.hooked import adopt, execution_device
 from surgery.plan import Plan, PlannedSite, SharedParameter, plan_assignments
 from surgery.plan import plan as make_plan
 from surgery.state import Adapter, State, forget_state, keep_state, require_state, state_of
+from surgery.twin import twin
 
 if TYPE_CHECKING:
     from surgery.artifact import SaveReport
@@ -57,10 +65,17 @@ class Compiled:
 
     @property
     def graphs(self) -> Mapping[str, fx.Graph]:
-        """The graph of every site of the live adapter, by the site's path."""
+        """The graph of every site of the live adapter, by the site's path.
+
+        Sites that are rows of one layer have one graph. Where a layer is reached by its weight,
+        the graph is the weight's, or the bias's where only that changes.
+        """
         state = self._state
         live = () if state.live is None else state.adapters[state.live].sites
-        return {s.path: _lowered(state, s).graph for s in live}
+        modules = _modules(state, state.live)
+        made = {id(m): next(iter(lower.graphs(keys).values()), None) for m, keys in modules}
+        graphs = {s.path: made[id(s.site.module)] for s in live}
+        return {path: found.graph for path, found in graphs.items() if found is not None}
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -88,11 +103,11 @@ class Compiled:
             refuse("E411", f"there is no adapter `{name}`", hint=f"there are: {known}")
         if state.is_merged:
             refuse("E402", f"`{state.live}` is merged", hint="unmerge() first")
-        for site in _sites(state, state.live):
-            mount.dismount(site.site.module)
+        for module, _ in _modules(state, state.live):
+            mount.dismount(module)
         state.live = name
-        for site in _sites(state, name):
-            mount.mount(site.site.module, _key(state, site))
+        for module, keys in _modules(state, name):
+            mount.mount(module, keys)
 
     def materialize(self) -> None:
         """Begin the parameters that waited on meta for their base's weights to arrive."""
@@ -112,11 +127,17 @@ class Compiled:
         Raises ArtifactError if it cannot be written.
         """
         from surgery.artifact import save_adapter
+        from surgery.digests import base_digests
 
         state = self._state
         chosen = state.adapters[adapter or self._only(state)]
         return save_adapter(
-            Path(directory), chosen.plan, chosen.name, tensors_of(self.model, chosen), chosen.seed
+            Path(directory),
+            chosen.plan,
+            chosen.name,
+            tensors_of(self.model, chosen),
+            chosen.seed,
+            base_digests(state, chosen.sites),
         )
 
     def _only(self, state: State) -> str:
@@ -127,16 +148,8 @@ class Compiled:
         return require_state(self.model)
 
 
-def _key(state: State, site: PlannedSite) -> lower.Lowering:
-    return lower.key_of(state.adapters[site.adapter].plan, site.form, site.adapter)
-
-
-def _lowered(state: State, site: PlannedSite) -> lower.SiteGraph:
-    return lower.lower(_key(state, site))
-
-
-def _sites(state: State, name: str | None) -> Iterator[PlannedSite]:
-    return iter(()) if name is None else state.adapters[name].sites
+def _modules(state: State, name: str | None) -> list[tuple[nn.Module, lower.Lowerings]]:
+    return [] if name is None else lower.by_module(state.adapters[name].plan, name)
 
 
 def joined(plans: Iterator[Plan]) -> Plan:
@@ -199,28 +212,30 @@ def compile_model(
     seed: int = 0,
     values: Values | None = None,
     dtype: torch.dtype | None = None,
+    inplace: bool = True,
 ) -> Compiled:
-    """Adapt a model in place. Whatever goes wrong, the model is left as it was.
+    """Adapt a model in place, or a twin of it. Whatever goes wrong, the model is left as it was.
 
     seed: of the random beginnings; each parameter has a stream of its own, so the order does not
-    matter. Other arguments as for `plan`. A second call adds its adapters beside those that are
-    there. Raises SurgeryError.
+    matter. inplace: False leaves the model alone, and the handle's `model` is a twin that shares
+    the storage of every parameter and buffer. Other arguments as for `plan`. A second call adds
+    its adapters beside those that are there. Raises SurgeryError.
     """
-    made = plan(spec, model, values=values, dtype=dtype)
-    return _put_on(model, made, seed, {})
+    target = model if inplace else twin(model)
+    made = plan(spec, target, values=values, dtype=dtype)
+    return _put_on(target, made, seed, {})
 
 
 def _put_on(model: nn.Module, made: Plan, seed: int, given: Mapping[str, Tensor]) -> Compiled:
     """Make the holders and all tensors, then mount; undo everything if anything fails."""
     state = state_of(model) or State()
     _refuse_known_names(state, made)
-    if state.is_merged:
-        refuse("E402", f"`{state.live}` is merged", hint="unmerge() before adding adapters")
+    _refuse_merged(state)
     fresh = state_of(model) is None
     base = mount.base_parameters(model)
     flags = {name: p.requires_grad for name, p in base.items()}
     try:
-        holders = [mount.add_holder(s.site.module, s.adapter) for s in made.sites]
+        holders = [mount.add_holder(s.site.module, *s.holders) for s in made.sites]
         adopt(model)  # a hook may now tell where the sites run, and so where tensors belong
         tensors = [materialize.site_tensors(s, seed, _given_at(s, given)) for s in made.sites]
         banks = _add_banks(model, made, seed, given)
@@ -233,6 +248,11 @@ def _put_on(model: nn.Module, made: Plan, seed: int, given: Mapping[str, Tensor]
         _take_off(model, made, state, flags, fresh)
         raise
     return Compiled(model)
+
+
+def _refuse_merged(state: State | None) -> None:
+    if state is not None and state.is_merged:
+        refuse("E402", f"`{state.live}` is merged", hint="unmerge() before adding adapters")
 
 
 def _refuse_known_names(state: State, made: Plan) -> None:
@@ -250,8 +270,7 @@ def _refuse_known_names(state: State, made: Plan) -> None:
 def _given_at(site: PlannedSite, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not given:
         return {}
-    prefix = parameter_name(site.path, site.adapter, "")
-    return {p.name: given[prefix + p.name] for p in site.form.parameters if not p.shared}
+    return {p.name: given[site.adapted(p.name)] for p in site.form.parameters if not p.shared}
 
 
 def _fill(
@@ -264,6 +283,8 @@ def _fill(
     mount.add_parameters(holder, mount.Tensors(values, trained))
     if site.adapter in banks and any(p.shared for p in site.form.parameters):
         mount.link_shared(holder, banks[site.adapter])
+    for follower in site.site.followers:
+        mount.link_follower(follower, site.adapter, holder)
 
 
 def _add_banks(
@@ -320,8 +341,8 @@ def _take_off(
 ) -> None:
     for site in made.sites:
         if state.live in made.adapters:
-            mount.dismount(site.site.module)
-        mount.remove_parameters(site.site.module, site.adapter)
+            dismount_site(site)
+        remove_site(site)
     for name in made.adapters:
         mount.remove_parameters(model, name)
         state.adapters.pop(name, None)
@@ -334,21 +355,32 @@ def _take_off(
 
 
 def attach(
-    directory: str | Path, model: nn.Module, *, dtype: torch.dtype | None = None
+    directory: str | Path,
+    model: nn.Module,
+    *,
+    dtype: torch.dtype | None = None,
+    inplace: bool = True,
+    force: bool = False,
 ) -> Compiled:
     """Put a saved adapter, ours or peft's, on a model. No code of the folder is run.
 
-    The sites and methods are those that the folder states; nothing is selected again. Raises
-    ArtifactError for a folder that is not whole, PlanError where it does not fit this model; the
-    model is left as it was.
+    The sites and methods are those that the folder states; nothing is selected again. `inplace` is
+    as for `compile`. force: attach an adapter that was made on another base than this model. Raises
+    ArtifactError for a folder that is not whole or was made on another base (E522), PlanError where
+    it does not fit this model; the model is left as it was.
     """
     from surgery.artifact import check_tensors, load_artifact
+    from surgery.digests import check_base
 
-    loaded = load_artifact(Path(directory), model)
-    made = plan_assignments(loaded.resolved, model, loaded.assignments, loaded.adapter, dtype)
+    _refuse_merged(state_of(model))
+    target = model if inplace else twin(model)
+    loaded = load_artifact(Path(directory), target)
+    made = plan_assignments(loaded.resolved, target, loaded.assignments, loaded.adapter, dtype)
     lower.check(made)
     check_tensors(made, loaded)
-    return _put_on(model, made, loaded.seed, loaded.tensors)
+    if not force:
+        check_base(made.sites, loaded.base, str(directory))
+    return _put_on(target, made, loaded.seed, loaded.tensors)
 
 
 def of(model: nn.Module) -> Compiled:
@@ -372,7 +404,7 @@ def tensors_of(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
         values = parameters_at(model, adapter.plan, site)
         for p in site.form.parameters:
             if not p.shared:
-                found[parameter_name(site.path, adapter.name, p.name)] = values[p.name].detach()
+                found[site.adapted(p.name)] = values[p.name].detach()
     for shared in adapter.plan.shared:
         if shared.adapter == adapter.name:
             group = adapter.plan.groups[shared.key]
@@ -392,7 +424,7 @@ def _begin_pending(model: nn.Module, adapter: Adapter) -> None:
         trained = frozenset(p.name for p in site.form.parameters if p.trained)
         waiting = {n: v for n, v in values.items() if known[n].device != v.device}
         mount.add_parameters(
-            mount.add_holder(site.site.module, adapter.name), mount.Tensors(waiting, trained)
+            mount.add_holder(site.site.module, *site.holders), mount.Tensors(waiting, trained)
         )
     for shared in adapter.plan.shared:
         if shared.adapter == adapter.name:

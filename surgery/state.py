@@ -54,6 +54,7 @@ class State:
     live: the adapter that the forward runs, or None.
     merged: by path; empty unless `live` is merged.
     undo: how the merge can be taken back.
+    untied: the configs that said of the merged model that its weights are tied.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict[str, Adapter])
@@ -62,6 +63,7 @@ class State:
     merged: dict[str, MergedSite] = field(default_factory=dict[str, MergedSite])
     is_merged: bool = False
     undo: Undo = "exact"
+    untied: tuple[object, ...] = ()
 
 
 def state_of(model: nn.Module) -> State | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,13 @@ from surgery.plan import Plan
 from surgery.runtime import Compiled, SpecLike, compile_model
 from surgery.state import state_of
 
+if TYPE_CHECKING:
+    from surgery.gradients import WithoutGradient
+
 Run = Callable[[nn.Module], object]
 
 _NUDGE = 0.02  # how far parameters are moved from where they begin, so that they do something
+_SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,7 @@ class Verification:
     forward_vs_merged: adapted against merged, at the same parameters.
     unmerge_exact, unload_exact: whether every bit of every base tensor came back.
     mergeable: whether there is a merged weight at every site; if not, `reason` says why.
+    without_gradient: the sites with trained parameters that a backward pass did not reach.
     """
 
     sites: int
@@ -42,12 +47,14 @@ class Verification:
     unload_exact: bool
     mergeable: bool = True
     reason: str = ""
+    without_gradient: tuple[WithoutGradient, ...] = ()
 
     @property
     def passed(self) -> bool:
-        """Whether the base came back exactly, and merged agrees with forward to rounding."""
+        """Whether the base came back, merged agrees with forward, and gradients reach all."""
         agrees = self.forward_vs_merged <= 1e-3 * max(1.0, self.effect)
-        return self.unmerge_exact and self.unload_exact and (agrees or not self.mergeable)
+        back = self.unmerge_exact and self.unload_exact
+        return back and not self.without_gradient and (agrees or not self.mergeable)
 
     def as_json(self) -> dict[str, object]:
         """The findings as plain data."""
@@ -67,9 +74,20 @@ class Verification:
             lines.append(f"After unmerge the base weights {came}.")
         else:
             lines.append(f"It cannot be merged: {self.reason}.")
+        lines += _told_gradients(self.without_gradient)
         came = "is the model it was, to the bit" if self.unload_exact else "IS NOT WHAT IT WAS"
         lines.append(f"After unload the model {came}.")
         return "\n".join(lines)
+
+
+def _told_gradients(dead: tuple[WithoutGradient, ...]) -> Iterator[str]:
+    if not dead:
+        yield "A backward pass reaches every trained parameter."
+        return
+    yield f"A backward pass DOES NOT REACH trained parameters at {len(dead)} sites:"
+    yield from (f"  {one}" for one in dead[:_SHOWN])
+    if len(dead) > _SHOWN:
+        yield f"  and {len(dead) - _SHOWN} more"
 
 
 def verify(
@@ -81,10 +99,10 @@ def verify(
     values: Values | None = None,
     progress: Callable[[str], None] = lambda step: None,
 ) -> Verification:
-    """Compile a spec on a model, move the parameters, merge, unmerge, merge again and unload.
+    """Compile a spec, move the parameters, go backward, merge, unmerge, merge again and unload.
 
-    run: calls the model on some input and gives its output; it is called in evaluation mode and
-        without gradients. progress: told the name of each step.
+    run: calls the model on some input and gives its output; it is called in evaluation mode,
+        without gradients but for the backward pass. progress: told the name of each step.
     The model is as it was afterwards, whatever happens. Raises SurgeryError as `compile` does, and
     StateError (E414) for a model that is adapted already.
     """
@@ -119,6 +137,8 @@ def _observed(
     start = _distance(base, _outputs(run, model))
     _nudge(compiled, seed)
     adapted = _outputs(run, model)
+    progress("backward")
+    dead = _without_gradient(compiled, run)
     reason = next((s.form.derived.reason for s in plan.sites if not s.form.derived.merged), "")
     distance, unmerged = 0.0, True
     if not reason:
@@ -140,7 +160,14 @@ def _observed(
         unload_exact=_same(before, _snapshot(model)),
         mergeable=not reason,
         reason=reason,
+        without_gradient=dead,
     )
+
+
+def _without_gradient(compiled: Compiled, run: Run) -> tuple[WithoutGradient, ...]:
+    from surgery.gradients import without_gradient
+
+    return without_gradient(compiled, lambda model: tensors_in(run(model)))
 
 
 def _count(plan: Plan) -> int:

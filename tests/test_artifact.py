@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import surgery
@@ -303,3 +305,249 @@ def test_a_config_that_is_damaged_is_refused(folder: Path) -> None:
         (folder / CONFIG).write_text(json.dumps({**config, field: value}))
         assert message in str(refusal(folder))
     shutil.rmtree(folder)
+
+
+# ------------------------------------------------------------------- features and the language
+
+
+def rewritten(folder: Path, **changes: Any) -> Path:
+    manifest = json.loads((folder / MAPPING).read_text())
+    (folder / MAPPING).write_text(json.dumps({**manifest, **changes}))
+    return folder
+
+
+def test_an_unknown_feature_is_refused_where_it_is_required(folder: Path) -> None:
+    optional = {"required": [], "optional": ["base-digests", "poetry"]}
+    assert len(surgery.attach(rewritten(folder, features=optional), net()).plan.sites) == 6
+    required = {"required": ["poetry", "base-digests", "prose"], "optional": []}
+    error = refusal(rewritten(folder, features=required))
+    assert [d.code for d in error.diagnostics] == ["E521"] * 2
+    assert "it needs `poetry`" in str(error)
+    assert "newer version" in str(error)
+
+
+def test_a_newer_language_is_refused(folder: Path) -> None:
+    assert json.loads((folder / MAPPING).read_text())["language"] == 1
+    error = refusal(rewritten(folder, language=2))
+    assert codes(error) == {"E521"}
+    assert "version 2 of the language" in str(error)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"language": "1"},
+        {"language": 0},
+        {"language": True},
+        {"features": []},
+        {"features": {"required": "poetry"}},
+        {"features": {"optional": [1]}},
+        {"features": None},
+        {"tensors": []},
+        {"tensors": [7]},
+        {"tensors": None},
+    ],
+)
+def test_what_a_manifest_needs_is_well_formed(changes: dict[str, Any], folder: Path) -> None:
+    assert codes(refusal(rewritten(folder, **changes))) == {"E514"}
+
+
+def test_rows_of_a_layer_are_a_feature_that_a_reader_needs(tmp_path: Path) -> None:
+    class Attention(nn.Module):
+        """Three projections in one, as Phi-3 has them."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            untyped.manual_seed(0)
+            library = cast(Any, transformers)
+            config = library.Phi3Config(
+                hidden_size=12,
+                intermediate_size=20,
+                num_attention_heads=3,
+                num_key_value_heads=3,
+                num_hidden_layers=1,
+                vocab_size=31,
+                pad_token_id=0,
+            )
+            self.net = library.Phi3Model(config)
+
+    compiled = surgery.compile("match @query | @value apply lora(r=2)", Attention())
+    compiled.save(tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / MAPPING).read_text())
+    assert manifest["features"] == {"required": ["parts"], "optional": ["base-digests"]}
+    query, value = (site["base"]["sha256"] for site in manifest["sites"])
+    assert query != value
+    other = Attention()
+    with torch.no_grad():
+        other.net.layers[0].self_attn.qkv_proj.weight[-1] += 1
+    error = refusal(tmp_path / "out", other)
+    assert "of 2 weights 1 differ" in str(error)
+    with torch.no_grad():
+        other.net.layers[0].self_attn.qkv_proj.weight[12:24] += 1  # the keys are no site
+    assert str(refusal(tmp_path / "out", other)) == str(error)
+
+
+def test_a_manifest_of_before_is_read(folder: Path) -> None:
+    manifest = json.loads((folder / MAPPING).read_text())
+    for name in ("language", "features"):
+        del manifest[name]
+    for site in manifest["sites"]:
+        del site["base"]
+    (folder / MAPPING).write_text(json.dumps(manifest))
+    assert len(surgery.attach(folder, other_net()).plan.sites) == 6
+
+
+def test_a_saved_spec_uses_no_file(folder: Path) -> None:
+    text = (folder / SPEC).read_text()
+    (folder / "more.peft").write_text("let n = 1")
+    for path in ("more.peft", "../out/more.peft", "/etc/passwd"):
+        (folder / SPEC).write_text(f'use "{path}"\n{text}')
+        assert codes(refusal(folder)) == {"E514"}
+
+
+def test_a_tensor_that_the_manifest_does_not_promise_is_refused(folder: Path) -> None:
+    manifest = json.loads((folder / MAPPING).read_text())
+    manifest["tensors"][0]["file"] = "../elsewhere"
+    (folder / MAPPING).write_text(json.dumps(manifest))
+    assert codes(refusal(folder)) == {"E514"}
+
+
+def test_the_name_of_an_adapter_is_no_part_of_its_files(tmp_path: Path) -> None:
+    for name in ("code", "math"):
+        spec = f"adapter {name} {{ match /q|k/ apply ia3() match embed apply vera(r=2) }}"
+        moved(surgery.compile(spec, net())).save(tmp_path / name)
+    one, two = ((tmp_path / n / TENSORS).read_bytes() for n in ("code", "math"))
+    assert read_tensors(tmp_path / "code" / TENSORS).keys() == (
+        read_tensors(tmp_path / "math" / TENSORS).keys()
+    )
+    assert len(one) == len(two)
+    bases = [
+        [s["base"] for s in json.loads((tmp_path / n / MAPPING).read_text())["sites"]]
+        for n in ("code", "math")
+    ]
+    assert bases[0] == bases[1]
+
+
+# ------------------------------------------------------------------------------- another base
+
+
+def other_net() -> Net:
+    model = net()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    return model
+
+
+def test_another_base_of_equal_shapes_is_refused_unless_forced(folder: Path) -> None:
+    error = refusal(folder, other_net())
+    assert codes(error) == {"E522"}
+    assert "of 6 weights 6 differ, the first at `layers.0.q`" in str(error)
+    assert "force=True" in str(error)
+    model = other_net()
+    assert len(surgery.attach(folder, model, force=True).plan.sites) == 6
+
+
+def test_one_weight_that_differs_is_enough(folder: Path) -> None:
+    model = net()
+    with torch.no_grad():
+        cast(Any, model.layers[1])["k"].weight[3, 2] += 1e-3
+    assert "of 6 weights 1 differ, the first at `layers.1.k`" in str(refusal(folder, model))
+    model = net()
+    with torch.no_grad():
+        model.embed.weight.zero_()  # it is no site of this adapter
+    surgery.attach(folder, model)
+
+
+def test_a_digest_is_over_dtype_shape_and_bytes(folder: Path) -> None:
+    first = json.loads((folder / MAPPING).read_text())["sites"][0]
+    weight = cast(Any, net().layers[0])["q"].weight.detach()
+    whole = hashlib.sha256(b"float32 [8, 6] " + weight.numpy().tobytes()).hexdigest()
+    assert first["base"] == {"dtype": "float32", "sha256": whole}
+
+
+@pytest.mark.parametrize("out", [2, 3, 1000])
+def test_a_large_weight_is_digested_by_some_of_its_rows(out: int) -> None:
+    from surgery.digests import MOST, digest
+
+    weight = torch.zeros(out, 2 * MOST // out + 1)
+    before = digest(weight)
+    assert digest(weight.clone()) == before
+    for row in (0, out - 1):
+        changed = weight.clone()
+        changed[row, -1] = 1
+        assert digest(changed) != before
+    assert digest(torch.zeros(weight.shape[1], out)) != before
+    assert digest(weight.bfloat16()) != before
+    assert digest(weight.bfloat16(), torch.float32) == before
+    assert digest(weight.T.contiguous().T) == before
+
+
+def test_a_base_that_was_loaded_wider_or_narrower(tmp_path: Path) -> None:
+    spec = "match /q|k/ apply lora(r=2)"
+    surgery.compile(spec, net().bfloat16()).save(tmp_path / "narrow")
+    surgery.attach(tmp_path / "narrow", net())
+    surgery.attach(tmp_path / "narrow", net().double())
+    surgery.compile(spec, net()).save(tmp_path / "wide")
+    surgery.attach(tmp_path / "wide", net().double())
+    error = refusal(tmp_path / "wide", net().bfloat16())
+    assert codes(error) == {"E522"}
+    assert "load the base in float32" in str(error)
+    surgery.attach(tmp_path / "wide", net().bfloat16().float(), force=True)
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        7,
+        None,
+        {},
+        {"dtype": "float32"},
+        {"dtype": "float32", "sha256": "abc"},
+        {"dtype": "float32", "sha256": "g" * 64},
+        {"dtype": "load", "sha256": "0" * 64},
+        {"dtype": 4, "sha256": "0" * 64},
+    ],
+)
+def test_a_damaged_digest_is_refused(base: object, folder: Path) -> None:
+    manifest = json.loads((folder / MAPPING).read_text())
+    manifest["sites"][2]["base"] = base
+    (folder / MAPPING).write_text(json.dumps(manifest))
+    error = refusal(folder)
+    assert codes(error) == {"E514"}
+    assert "is no digest of a weight" in str(error)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8", "complex64", "quint8"])
+def test_a_digest_that_is_not_this_weights(dtype: str, folder: Path) -> None:
+    manifest = json.loads((folder / MAPPING).read_text())
+    manifest["sites"][2]["base"] = {"dtype": dtype, "sha256": "0" * 64}
+    (folder / MAPPING).write_text(json.dumps(manifest))
+    assert codes(refusal(folder)) == {"E522"}
+
+
+def test_on_meta_there_is_nothing_to_digest_or_compare(folder: Path, tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = Net()
+    surgery.attach(folder, model).save(tmp_path / "again")
+    manifest = json.loads((tmp_path / "again" / MAPPING).read_text())
+    assert not any("base" in site for site in manifest["sites"])
+    assert manifest["features"]["optional"] == []
+
+
+def test_what_is_merged_is_not_taken_for_the_base(folder: Path, tmp_path: Path) -> None:
+    spec = "match /q|k/ apply lora(r=2) match embed apply ia3()"
+    compiled = moved(surgery.compile(spec, net()))
+    compiled.save(tmp_path / "apart")
+    apart = (tmp_path / "apart" / MAPPING).read_text()
+    compiled.inverse.merge()
+    compiled.save(tmp_path / "exact")
+    assert (tmp_path / "exact" / MAPPING).read_text() == apart
+    with pytest.raises(SurgeryError, match="E402"):
+        surgery.attach(folder, compiled.model)
+    compiled.inverse.unmerge()
+    compiled.inverse.merge(undo="algebraic")
+    compiled.save(tmp_path / "algebraic")
+    assert "sha256" not in (tmp_path / "algebraic" / MAPPING).read_text()
+    compiled.inverse.unload(keep_merge=True)
+    assert codes(refusal(folder, compiled.model)) == {"E522"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 
 from surgery.algebra.axes import symbol
@@ -14,7 +15,7 @@ from surgery.algebra.rules import make
 from surgery.algebra.scalars import Decide, Open, Scalars, did_you_mean, typed
 from surgery.algebra.tensors import DROP_HINT
 from surgery.algebra.ways import MAX_WAYS, each_way
-from surgery.errors import Diagnostic, Report, SurgeryError
+from surgery.errors import Diagnostic, Report, Span, SurgeryError
 from surgery.language import syntax as ast
 
 
@@ -25,14 +26,21 @@ def check_definition(method: ast.Method) -> tuple[Diagnostic, ...]:
         report.error(
             "E112",
             f"`on {method.kind}` is not a kind of site",
-            method.span,
+            _kind_place(method),
             label=did_you_mean(method.kind, KINDS),
             hint=f"this version has: {', '.join(KINDS)}",
         )
     _check_signature(method, report)
     _check_decisions(method, report)
-    _check_ways(method, {a.name: _symbol(a) for a in method.arguments}, report)
+    # A reserved name was reported, and goes on meaning what it does.
+    open_arguments = {a.name: _symbol(a) for a in method.arguments if a.name not in RESERVED}
+    _check_ways(method, open_arguments, report)
     return tuple(report.found)
+
+
+def _kind_place(method: ast.Method) -> Span:
+    found = re.search(rf"\bon\s+({re.escape(method.kind)})\s*\{{", method.span.text)
+    return method.span if found is None else method.span.within(*found.span(1))
 
 
 def check_arguments(method: ast.Method, arguments: Mapping[str, object]) -> tuple[Diagnostic, ...]:

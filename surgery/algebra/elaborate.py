@@ -15,12 +15,12 @@ from surgery.algebra.axes import Size, evaluate, names_in
 from surgery.algebra.beginnings import DISTRIBUTIONS, Distribution
 from surgery.algebra.equations import RESERVED, SIZES, TARGETS, Equations, Parameter, Random
 from surgery.algebra.expr import OUTPUT, Expr, Shape, depends_on, parameter, walk
-from surgery.algebra.mentions import decisions, names
+from surgery.algebra.mentions import decisions, names, nodes
 from surgery.algebra.rules import constant
 from surgery.algebra.scalars import Scalars, unknown_name
 from surgery.algebra.shapes import show
 from surgery.algebra.tensors import Tensors
-from surgery.errors import Span, refuse
+from surgery.errors import Report, Span, SurgeryError, refuse
 from surgery.language import syntax as ast
 
 
@@ -38,10 +38,13 @@ class Elaborator(Tensors):
         self.sizes = sizes or {}
         self.parameters: dict[str, Parameter] = {}
         self.targets: dict[str, Expr] = {}
+        self.report = Report()
+        self.failed: set[str] = set()
 
     def run(self, method: ast.Method) -> Equations:
         """The equations of a method. Raises DefinitionError."""
         self._items(method.body)
+        self.report.stop()
         if not self.targets:
             refuse(
                 "E120",
@@ -61,18 +64,34 @@ class Elaborator(Tensors):
     # ------------------------------------------------------------------------------ items
 
     def _items(self, items: Iterable[ast.Item]) -> None:
+        """Every item, though one before it is wrong; but for those that read what it defines."""
         for item in items:
-            match item:
-                case ast.Let():
-                    self._define(item.name, self(item.value), item.span)
-                case ast.Declaration():
-                    self._declare(item)
-                case ast.Equation():
-                    self._equation(item)
-                case ast.Branch():
-                    self._items(item.then if self.holds(item.condition) else item.other)
-                case _:
-                    assert_never(item)
+            try:
+                if self._can_be_read(item):
+                    self._item(item)
+                    continue
+            except SurgeryError as error:
+                self.report.extend(error.diagnostics)
+            defined = (n for n in nodes(item) if isinstance(n, ast.Let | ast.Declaration))
+            self.failed |= {n.name for n in defined} - self.scope.keys()
+
+    def _can_be_read(self, item: ast.Item) -> bool:
+        """Whether all that it reads first was defined, or is nowhere."""
+        read = item.condition if isinstance(item, ast.Branch) else item
+        return not self.failed or self.failed.isdisjoint(names(read))
+
+    def _item(self, item: ast.Item) -> None:
+        match item:
+            case ast.Let():
+                self._define(item.name, self(item.value), item.span)
+            case ast.Declaration():
+                self._declare(item)
+            case ast.Equation():
+                self._equation(item)
+            case ast.Branch():
+                self._items(item.then if self.holds(item.condition) else item.other)
+            case _:
+                assert_never(item)
 
     def _define(self, name: str, value: object, span: Span) -> None:
         if name in RESERVED:

@@ -16,6 +16,7 @@ from surgery.algebra.expr import (
     WEIGHT,
     Expr,
     Shape,
+    render,
 )
 from surgery.errors import Span
 
@@ -41,6 +42,12 @@ class Random:
     arguments: tuple[tuple[str, float], ...]
     seed: int | None = None
 
+    def __str__(self) -> str:
+        """As a method writes it."""
+        seed = () if self.seed is None else (("seed", self.seed),)
+        given = ", ".join(f"{name}={value:g}" for name, value in (*self.arguments, *seed))
+        return f"{self.distribution}({given})"
+
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
@@ -52,6 +59,12 @@ class Parameter:
     trained: bool
     shared: bool
     span: Span = field(compare=False, repr=False)
+
+    @property
+    def begins(self) -> str:
+        """How it begins, as text: a distribution or an expression."""
+        beginning = self.beginning
+        return render(beginning) if isinstance(beginning, Expr) else str(beginning)
 
 
 @dataclass(frozen=True, slots=True)

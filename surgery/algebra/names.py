@@ -82,8 +82,7 @@ class Names(Mapping[str, object]):
 
 
 def _circle(path: list[str], name: str, let: ast.Let) -> SurgeryError:
-    names = [*path[path.index(name) :], let.name] if name in path else [let.name]
-    circle = " -> ".join([*names, names[0]])
+    circle = " -> ".join([*path[path.index(name) :], name])
     return error_of(
         [
             Diagnostic(

@@ -60,13 +60,8 @@ _TYPES: Mapping[ast.ValueType, tuple[type, ...]] = {
 
 
 def undecided(condition: ast.Expression) -> bool:
-    """The `Decide` of places where everything must be known."""
-    refuse(
-        "E110",
-        "this condition depends on what is not known here",
-        condition.span,
-        hint="use numbers and params",
-    )
+    """The `Decide` of places where everything is known. Nothing that is written leads here."""
+    raise AssertionError(f"{condition.span} is open")
 
 
 class Scalars:
@@ -81,7 +76,7 @@ class Scalars:
         self.decide = decide
 
     def __call__(self, expr: ast.Expression) -> object:
-        """The value. Raises DefinitionError (E101 to E110)."""
+        """The value. Raises DefinitionError (E101 to E109)."""
         match expr:
             case ast.Number() | ast.Text() | ast.Truth():
                 return _literal(expr)

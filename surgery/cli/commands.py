@@ -5,7 +5,9 @@ What is slow to import is imported inside a command, so that `--help` does not w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from surgery.artifact import SaveReport
+    from surgery.language.syntax import Spec
     from surgery.runtime import Compiled
 
 app = typer.Typer(
@@ -53,6 +56,28 @@ TrustOption = Annotated[bool, typer.Option("--trust", help="Let MODEL run code (
 OutputOption = Annotated[
     Path, typer.Option("--output", "-o", metavar="OUT", help="The folder to write the adapter to.")
 ]
+OtherOption = Annotated[
+    str | None,
+    typer.Option("--diff", metavar="OTHER", help="Show what another spec would do otherwise."),
+]
+AgainstOption = Annotated[
+    str | None,
+    typer.Option("--against", metavar="MODEL2", help="Show what is otherwise on another model."),
+]
+_CODE = re.compile(r"E[0-9]{3}")
+
+MethodArgument = Annotated[
+    str, typer.Argument(metavar="METHOD", help="A method by its name, or the code of an error.")
+]
+ArgumentsArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[ARG=VALUE]...", help="Arguments of the method.")
+]
+InOption = Annotated[int | None, typer.Option("--in", help="The layer's inputs (fan-in).")]
+OutOption = Annotated[int | None, typer.Option("--out", help="The layer's outputs (fan-out).")]
+KindOption = Annotated[str, typer.Option("--kind", help="The kind of the layer.")]
+SpecOption = Annotated[
+    Path | None, typer.Option("--spec", metavar="FILE", help="A .peft file that may define it.")
+]
 ForceOption = Annotated[bool, typer.Option("--force", help="Write into a folder that has files.")]
 
 
@@ -71,6 +96,41 @@ VersionOption = Annotated[
 def root(version: VersionOption = False) -> None:
     """Adapt a model as a spec says."""
     del version  # its callback has done the work
+
+
+# ------------------------------------------------------------------------------------- format
+
+
+FilesArgument = Annotated[
+    list[str], typer.Argument(metavar="FILE...", help=".peft files; - is standard input.")
+]
+CheckOption = Annotated[
+    bool, typer.Option("--check", help="Write nothing; end with 1 if a file would change.")
+]
+ShowOption = Annotated[bool, typer.Option("--diff", help="Write nothing; show what would change.")]
+
+
+@app.command()
+def fmt(files: FilesArgument, check: CheckOption = False, diff: ShowOption = False) -> None:
+    """Lay spec files out in the one way there is; comments and meaning stay."""
+    from surgery.cli.rewriting import rewriting
+
+    stdout = typer.get_binary_stream("stdout")  # for bytes, whatever a terminal takes
+    findings: list[Diagnostic] = []
+    said: list[str] = []
+    with command(False) as result:
+        for file in files:
+            try:
+                made = rewriting(file)
+                said += made.difference() if diff else made.notice(check)
+                if not check and not diff:
+                    made.write(stdout)
+            except SurgeryError as error:
+                findings += error.diagnostics
+                continue
+            result.passed &= not (check and made.changes)
+        result.text, result.findings = "\n".join(said), tuple(findings)
+        result.passed &= not findings
 
 
 # ---------------------------------------------------------------------------- check and plan
@@ -106,6 +166,8 @@ def plan(
     spec: SpecArgument,
     model: ModelArgument,
     sets: SetOption = None,
+    diff: OtherOption = None,
+    against: AgainstOption = None,
     trust: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -113,11 +175,69 @@ def plan(
     values = parse_values(sets or [])
     with command(json) as result, steps(2) as step:
         read = read_spec(spec)
+        other = None if diff is None else read_spec(diff)
         step("reading the model's config")
         base = read_model(model, meta=True, trust=trust)
+        base_there = None if against is None else read_model(against, meta=True, trust=trust)
         step("planning")
         made = surgery.plan(read, base, values=values)
-        result.text, result.data = str(made), made.as_json()
+        if other is None and base_there is None:
+            result.text, result.data = str(made), made.as_json()
+            return
+        theirs = values if other is None else _own(values, other)
+        there = surgery.plan(other or read, base_there or base, values=theirs)
+        found = made.diff(there)
+        sides = (title(spec), model), (title(diff or spec), against or model)
+        result.text = "\n".join([*_sides(*sides), str(found)])
+        result.data = found.as_json()
+
+
+def _own(values: dict[str, str], spec: Spec) -> dict[str, str]:
+    """The values of the params that a spec has: those of another spec are not its business."""
+    from surgery.language.syntax import Param
+
+    declared = {s.name for s in spec.statements if isinstance(s, Param)}
+    return {name: value for name, value in values.items() if name in declared}
+
+
+def _sides(here: tuple[str, str], there: tuple[str, str]) -> Iterator[str]:
+    yield f"--- {here[0]} on {here[1]}"
+    yield f"+++ {there[0]} on {there[1]}"
+
+
+@app.command()
+def explain(
+    method: MethodArgument,
+    arguments: ArgumentsArgument = None,
+    fan_in: InOption = None,
+    fan_out: OutOption = None,
+    kind: KindOption = "linear",
+    spec: SpecOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Say what a method is, and everything that is derived from it at a layer of some size."""
+    from surgery.catalogue import entry, render
+
+    given = parse_values(arguments or [], "ARG=VALUE")
+    with command(json) as result:
+        if _CODE.fullmatch(method):
+            found = entry(method)
+            if found is None:
+                refuse("E121", f"no error has the code `{method}`", hint=_known_codes())
+            result.text, result.data = render(found).rstrip("\n"), asdict(found)
+            return
+        from surgery.explain import explain as explained
+
+        file = None if spec is None else read_spec(str(spec))
+        told = explained(method, given, fan_in=fan_in, fan_out=fan_out, kind=kind, spec=file)
+        result.text, result.data = str(told), told.as_json()
+
+
+def _known_codes() -> str:
+    from surgery.catalogue import families
+
+    codes = [[entry.code for entry in family.entries] for family in families()]
+    return f"there are: {', '.join(f'{some[0]} to {some[-1]}' for some in codes if some)}"
 
 
 # ------------------------------------------------------------------------- compile and verify
@@ -189,7 +309,7 @@ def verify(
 ) -> None:
     """Try a spec on a model: does merging agree with the forward, and does the base come back?"""
     values = parse_values(sets or [])
-    with command(json) as result, steps(8) as step:
+    with command(json) as result, steps(9) as step:
         from surgery.integrations.transformers import example_inputs
 
         read = read_spec(spec)

@@ -28,7 +28,8 @@ def read_spec(argument: str) -> Spec:
 
     Raises ArtifactError (E501) if it is neither, SpecSyntaxError.
     """
-    from surgery.language.parse import load, parse
+    from surgery.include import load
+    from surgery.language.parse import parse
 
     if os.path.isfile(argument):  # a literal may be longer than a path can be
         return load(argument)
@@ -53,15 +54,15 @@ def _near_spec(path: Path) -> str:
     return "give a .peft file, or a text such as 'match /query|value/ apply METHOD(r=8)'"
 
 
-def parse_values(pairs: list[str]) -> dict[str, str]:
+def parse_values(pairs: list[str], option: str = "--set") -> dict[str, str]:
     """`name=value` pairs as a mapping. A pair of another form, or a repeated name, is bad usage."""
     values: dict[str, str] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not _NAME.fullmatch(name):
-            raise typer.BadParameter(f"`{pair}` is not name=value", param_hint="--set")
+            raise typer.BadParameter(f"`{pair}` is not name=value", param_hint=option)
         if name in values:
-            raise typer.BadParameter(f"`{name}` is set twice", param_hint="--set")
+            raise typer.BadParameter(f"`{name}` is set twice", param_hint=option)
         values[name] = value
     return values
 

@@ -80,7 +80,7 @@ def _from_factory(reference: str, trust: bool) -> nn.Module:
     refuse(
         "E503",
         f"`{reference}` gives a {type(model).__name__}, and not a torch.nn.Module",
-        hint="name a function that is called without arguments and returns the model",
+        hint=_FACTORY_IS,
     )
 
 
@@ -227,8 +227,12 @@ def _said(error: Exception) -> str:
 
 def _where(error: Exception) -> str:
     """The place in the code that failed."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return f"raised in {frames[-1].filename}:{frames[-1].lineno}"
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    # Raised by the call itself, or by the import before it.
+    return _FACTORY_IS if last.filename == __file__ else f"raised in {last.filename}:{last.lineno}"
+
+
+_FACTORY_IS = "name a function that is called without arguments and returns the model"
 
 
 # --------------------------------------------------------------------------- example inputs

@@ -6,7 +6,7 @@ Nothing here raises; what a node means comes later.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from surgery.errors import Span
 from surgery.language import syntax as ast
@@ -14,7 +14,7 @@ from surgery.language import syntax as ast
 Builder = Callable[[Span, Sequence[Any]], Any]
 
 
-def _only(kind: type, children: Sequence[Any]) -> tuple[Any, ...]:
+def _only(kind: type | tuple[type, ...], children: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(c for c in children if isinstance(c, kind))
 
 
@@ -40,16 +40,35 @@ def _clause(name: str) -> Builder:
 
 
 def _match(span: Span, children: Sequence[Any]) -> ast.Match:
-    clauses = dict(_only(_Clause, children))
     (application,) = _only(ast.Application, children)
-    return ast.Match(
-        children[0],
-        clauses.get("in"),
+    tie = dict(_only(_Clause, children)).get("tie")
+    return ast.Match(_selection(span, children), application, tie, span=span)
+
+
+def _selection(span: Span, children: Sequence[Any]) -> ast.Selection:
+    clauses = dict(_only(_Clause, children))
+    (selector,) = _only(_SELECTORS, children)
+    return ast.Selection(
+        selector,
+        clauses.get("in", ()),
+        clauses.get("where"),
         clauses.get("except"),
-        application,
         clauses.get("expect"),
+        optional="optional" in children,
         span=span,
     )
+
+
+_SELECTORS = get_args(ast.Selector)
+
+
+def _in_scope(span: Span, children: Sequence[Any]) -> _Clause:
+    del span
+    return _Clause(("in", tuple(children)))
+
+
+def _use(span: Span, children: Sequence[Any]) -> ast.Use:
+    return ast.Use(str(children[0])[1:-1], span=span)
 
 
 def _application(span: Span, children: Sequence[Any]) -> ast.Application:
@@ -85,6 +104,22 @@ def _regex(span: Span, children: Sequence[Any]) -> ast.Regex:
 
 def _glob(span: Span, children: Sequence[Any]) -> ast.Glob:
     return ast.Glob(str(children[0]), span=span)
+
+
+def _role_of(span: Span, children: Sequence[Any]) -> ast.Role:
+    return ast.Role(str(children[0])[1:], span=span)
+
+
+def _either(span: Span, children: Sequence[Any]) -> ast.Either:
+    return ast.Either(*children, span=span)
+
+
+def _both(span: Span, children: Sequence[Any]) -> ast.Both:
+    return ast.Both(*children, span=span)
+
+
+def _complement(span: Span, children: Sequence[Any]) -> ast.Complement:
+    return ast.Complement(*children, span=span)
 
 
 def _scope(span: Span, children: Sequence[Any]) -> ast.Scope:
@@ -204,9 +239,13 @@ def _layout(span: Span, children: Sequence[Any]) -> _Clause:
 
 
 def _number(span: Span, children: Sequence[Any]) -> ast.Number:
-    text = str(children[0])
+    return ast.Number(number_of(str(children[0])), span=span)
+
+
+def number_of(text: str) -> int | float:
+    """The value of a number as it is written; what is too long for an int is infinite."""
     whole = text.isascii() and text.isdigit() and len(text) < 4000
-    return ast.Number(int(text) if whole else float(text), span=span)
+    return int(text) if whole else float(text)
 
 
 def _text(span: Span, children: Sequence[Any]) -> ast.Text:
@@ -276,9 +315,11 @@ def _subscript(span: Span, children: Sequence[Any]) -> ast.Subscript:
 BUILDERS: Mapping[str, Builder] = {
     "start": _spec,
     "match": _match,
-    "in_scope": _clause("in"),
+    "in_scope": _in_scope,
+    "where": _clause("where"),
     "except": _clause("except"),
     "expect": _clause("expect"),
+    "tie": lambda span, children: _Clause(("tie", str(children[0]))),
     "application": _application,
     "param": _param,
     "let": _let,
@@ -286,6 +327,11 @@ BUILDERS: Mapping[str, Builder] = {
     "type": _first_text,
     "regex": _regex,
     "glob": _glob,
+    "role_of": _role_of,
+    "either": _either,
+    "both": _both,
+    "without": _complement,
+    "use": _use,
     "scope": _scope,
     "step": _step,
     "every": _every,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lark import Lark
 
 # Words that later versions of the language give a meaning; none of them may be a name today.
-LATER = frozenset({"where", "then", *LATER_STATEMENTS})
+LATER = frozenset({"then", *LATER_STATEMENTS})
 RESERVED = frozenset({"share", "untie", "at", "init", "lr", "stack", "parallel", "average", "fuse"})
 
 _TERMINALS = {
@@ -47,7 +47,12 @@ _GROUPS: tuple[tuple[str, frozenset[str], frozenset[str]], ...] = (
             {"SIGN", "STAR", "TIMES", "POWER", "COMPARISON", "TRANSPOSED", "AND", "OR", "LSQB"}
         ),
     ),
-    ("a selector", frozenset({"REGEX", "GLOB"}), frozenset({"REGEX", "GLOB"})),
+    (
+        "a selector",
+        frozenset({"REGEX", "GLOB", "LPAR"}),
+        frozenset({"REGEX", "GLOB", "ROLE", "LPAR", "NOT"}),
+    ),
+    ("a container", frozenset({"REGEX", "GLOB"}), frozenset({"REGEX", "GLOB", "ROLE"})),
     (
         "a statement",
         frozenset(s.upper() for s in STATEMENTS),
@@ -58,8 +63,29 @@ _GROUPS: tuple[tuple[str, frozenset[str], frozenset[str]], ...] = (
 _ITEMS = ("train", "frozen", "shared", "let", "if", "else")
 _WORD_BEFORE = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)\s*$")
 _QUOTES = 'texts stand in double quotes, as in `"out"`'
-_CLAUSES = "the order is: match S in SCOPE except S apply METHOD(name = value) expect N"
+_CLAUSES = "the order is: match S in SCOPE where COND except S apply METHOD(name = value) expect N"
 _LONGEST = 40
+
+_ALSO = "`A | B` selects what either does"
+_MINUS = "`A & not B` selects what A does and B does not"
+_ONCE = "`|` and `&` are one sign each, with a selector before and behind it"
+_ROLE = "a role is one word: `@query`"
+_SCOPES = "a scope is a path of containers, or some of them: `in a[0:2].b | c[*]`"
+
+# What other notations have where this one has something else: by terminals that may come there.
+_INSTEAD: tuple[tuple[frozenset[str], Mapping[str, str]], ...] = (
+    (
+        frozenset({"APPLY", "AMPERSAND"}),
+        {"or": _ALSO, ",": _ALSO, "+": _ALSO, "-": _MINUS, "and": "`A & B` selects what both do"},
+    ),
+    (
+        frozenset({"REGEX", "NOT"}),
+        {"|": _ONCE, "&": _ONCE, "!": "`not A` selects what A does not", "@": _ROLE},
+    ),
+    (frozenset({"REGEX"}), {"(": _SCOPES, "not": _SCOPES, "@": _ROLE}),
+    (frozenset({"APPLY", "DOT"}), {"&": _SCOPES, "and": _SCOPES, ",": _SCOPES}),
+    (frozenset({"APPLY", "COMPARISON"}), {"=": "`==` compares, as in `type == Linear`"}),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,12 +204,6 @@ def _later(place: Place) -> str:
         return f"`{text}` is"
     if rest.startswith(":="):
         return "an equation with `:=` is"
-    if "REGEX" in place.expected and text == "@":
-        return "a role such as `@query` is"
-    if "REGEX" in place.expected and text in ("not", "("):
-        return "set algebra between selectors is"
-    if {"APPLY", "IN"} & place.expected and text in ("|", "&"):
-        return "set algebra between selectors is"
     return ""
 
 
@@ -196,7 +216,11 @@ def _nearest(place: Place) -> str:
 def _advice(place: Place) -> str:
     if place.text == "'":
         return _QUOTES
-    if place.text in ("in", "except") and "MATCH" in place.expected:
+    for terminals, advice in _INSTEAD:
+        if terminals <= place.expected and place.text in advice:
+            return advice[place.text]
+    clause = place.text in ("in", "where", "except")
+    if clause and not place.expected.isdisjoint({"MATCH", "APPLY"}):
         return _CLAUSES
     return _hint(place.wanted)
 

@@ -13,17 +13,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-STATEMENTS = frozenset({"match", "param", "let", "adapter", "method", "format"})
+STATEMENTS = frozenset({"match", "optional", "param", "let", "adapter", "method", "format", "use"})
 
 # What statements of later versions begin with. These words may be names inside a statement of this
 # one, so they count at the beginning of a line only.
-LATER_STATEMENTS = frozenset({"optional", "train", "save", "activate", "use"})
+LATER_STATEMENTS = frozenset({"train", "save", "activate"})
+
+# What stands inside an adapter.
+_INSIDE = frozenset({"match", "optional"})
 
 _SKIP = r"""(?P<skip>\#[^\n]*|"[^"\n]*")"""
 _BRACKETS = r"(?P<open>[(\[{])|(?P<close>[)\]}])"
 _CODE = re.compile(rf"{_SKIP}|(?P<word>[A-Za-z_][A-Za-z0-9_]*)|{_BRACKETS}")
+# A glob's own braces are no brackets; one without a partner is.
+_BRACES = r"\{(?:[A-Za-z0-9_*.,-]|\{[A-Za-z0-9_*.,-]*\})*\}"
 _SELECTOR = re.compile(
-    rf"{_SKIP}|(?P<regex>/(?:\\[^\n]|[^/\\\n])+/)|(?P<word>[A-Za-z0-9_*.{{}},-]+)|{_BRACKETS}"
+    rf"{_SKIP}|(?P<regex>/(?:\\[^\n]|[^/\\\n])+/)"
+    rf"|(?P<word>(?:[A-Za-z0-9_*.,-]|{_BRACES})+)|{_BRACKETS}"
 )
 _CLOSES = {")": "(", "]": "[", "}": "{"}
 
@@ -97,13 +103,17 @@ class Outline:
         change = {**dict.fromkeys(pairs, 1), **dict.fromkeys(pairs.values(), -1)}
         starts: list[tuple[int, bool]] = []
         ends: list[int] = []
-        level, statement = 0, ""
+        level, statement, before = 0, "", ""
         for lexeme in self.lexemes:
             level += change.get(lexeme.start, 0)
+            continued = (before, lexeme.text) == ("optional", "match")
+            before = lexeme.text
+            if continued:
+                continue
             if lexeme.kind == "word" and level == 0:
                 statement = lexeme.text
                 starts.append((lexeme.start, False))
-            elif lexeme.text == "match" and level == 1 and statement == "adapter":
+            elif lexeme.text in _INSIDE and level == 1 and statement == "adapter":
                 starts.append((lexeme.start, True))
             elif lexeme.text == "}" and level == 0:
                 ends.append(lexeme.start)
@@ -127,10 +137,30 @@ def _opener(waiting: list[Lexeme], bracket: str) -> int | None:
     return None
 
 
+@dataclass(frozen=True, slots=True)
+class _Clause:
+    """Where in a `match` a text is: behind which word of it, and how deep the `match` stands."""
+
+    word: str
+    depth: int
+
+    def selects(self, depth: int) -> bool:
+        """Whether there are selectors at a depth; else there are expressions."""
+        return self.word in ("match", "except") or (self.word == "in" and depth == self.depth)
+
+    def ends_at(self, word: str, depth: int) -> bool:
+        """Whether a word ends the clause; in an expression `in` is a name."""
+        return bool(self.word) and word in _CLAUSES and (word != "in" or self.selects(depth))
+
+
+_CLAUSES = frozenset({"in", "where", "except", "apply"})
+_NONE = _Clause("", 0)
+
+
 def _lexemes(text: str) -> Iterator[Lexeme]:
     at = depth = 0
-    selector: int | None = None  # the depth of a `match` whose `apply` has not come yet
-    while found := (_SELECTOR if selector == depth else _CODE).search(text, at):
+    clause = _NONE
+    while found := (_SELECTOR if clause.selects(depth) else _CODE).search(text, at):
         word, start, first = found.group(), found.start(), _first(text, at, found.start())
         at = found.end()
         match found.lastgroup:
@@ -140,10 +170,10 @@ def _lexemes(text: str) -> Iterator[Lexeme]:
             case "close":
                 depth = max(0, depth - 1)
                 yield Lexeme("close", word, start, depth)
-            case "word" if word == "apply":
-                selector = None
-            case "word" if _leads(word, first, selector == depth):
-                selector = depth if word == "match" else None
+            case "word" if clause.ends_at(word, depth):
+                clause = _NONE if word == "apply" else _Clause(word, clause.depth)
+            case "word" if _leads(word, first, clause.selects(depth)):
+                clause = _Clause(word, depth) if word == "match" else _NONE
                 yield Lexeme("word", word, start, depth)
             case _:
                 continue

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,18 +29,38 @@ _PARSER: Any = load_parser()
 
 
 def load(path: str | Path) -> ast.Spec:
-    """The spec in a file. Raises ArtifactError (E501) if it cannot be read, SpecSyntaxError."""
+    """The spec in a file, as written; `surgery.include` has what it uses from other files.
+
+    Raises ArtifactError (E501) if it cannot be read, SpecSyntaxError.
+    """
+    return parse_bytes(read_bytes(path), str(path))
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The bytes of a file, or its beginning where it is longer than a spec may be (E501)."""
     try:
         with Path(path).open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+            return file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        refuse("E501", f"cannot read {path}: {reason}", hint="check the path")
-    return parse_bytes(data, str(path))
+        refuse("E501", f"cannot read {path}: {reason}", hint=_nearest_file(Path(path)))
+
+
+def _nearest_file(path: Path) -> str:
+    try:
+        near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.peft")], 1)
+    except (OSError, ValueError):
+        near = []
+    return f"did you mean `{path.with_name(near[0])}`?" if near else "check the path"
 
 
 def parse_bytes(data: bytes, name: str) -> ast.Spec:
     """The spec in some bytes, which must be UTF-8 (E001); raises SpecSyntaxError as `parse`."""
+    return parse(decoded(data, name), name)
+
+
+def decoded(data: bytes, name: str) -> str:
+    """The text in some bytes. Raises SpecSyntaxError: E001 (not UTF-8), E002 (too long)."""
     _guard_size(len(data))
     try:
         text = data.decode("utf-8")
@@ -48,7 +70,7 @@ def parse_bytes(data: bytes, name: str) -> ast.Spec:
             f"{name} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}",
             hint="save the file as UTF-8",
         )
-    return parse(text.removeprefix("\ufeff"), name)  # a mark that some editors begin a file with
+    return text.removeprefix("\ufeff")  # a mark that some editors begin a file with
 
 
 def parse(text: str, name: str = "<spec>") -> ast.Spec:
@@ -66,14 +88,30 @@ def parse(text: str, name: str = "<spec>") -> ast.Spec:
     if spec is None:
         report.extend(_further(source, whole, _offset(found[0])))
     if report.failed or spec is None:
-        raise error_of(report.found)
+        raise error_of(sorted(report.found, key=_offset))
     if not spec.statements:
         refuse(
             "E005",
             "the spec is empty",
+            Span(source, 0, 0),
             hint="a spec is at least one statement: `match /q_proj|v_proj/ apply METHOD(r=8)`",
         )
     return spec
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A word or sign of a text, under the name that the grammar's tables have for its kind."""
+
+    kind: str
+    start: int
+    end: int
+
+
+def tokens(text: str) -> Iterator[Token]:
+    """All of a text that is neither space nor a comment; it must be one that `parse` reads."""
+    for token in _PARSER.parse_interactive(text).iter_parse():
+        yield Token(str(token.type), token.start_pos, token.end_pos)
 
 
 # ------------------------------------------------------------------------------------ guards
@@ -156,17 +194,19 @@ def _span(part: Any, source: Source, base: int) -> Span:
 
 
 def _further(source: Source, whole: Outline, at: int) -> Iterator[Diagnostic]:
-    """Syntax errors in the statements that begin at `at` or after it."""
+    """What else is wrong: syntax errors at `at` or after it, and what the grammar lets through."""
     count, good_until = 1, 0
     for piece in whole.pieces():
-        if piece.start < max(at, good_until):
+        if piece.start < good_until:
             continue
         spec, found = _attempt(source, piece, whole)
-        yield from found
-        if spec is None:
-            at = max(_offset(found[0]), piece.start + 1)
-        else:
+        if spec is not None:
             good_until = piece.end
+        elif piece.start < at:
+            continue  # its error is the one that is known
+        else:
+            at = max(_offset(found[0]), piece.start + 1)
+        yield from found
         count += len(found)
         if count >= _MAX_FINDINGS:
             return

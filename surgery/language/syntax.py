@@ -161,7 +161,40 @@ class Glob(Node):
     pattern: str
 
 
-Selector = Regex | Glob
+@_node
+class Role(Node):
+    """`@query`: what plays a part, whatever an architecture calls it; `name` is without the `@`."""
+
+    name: str
+
+
+Pattern = Regex | Glob | Role
+
+
+@_node
+class Either(Node):
+    """`A | B`."""
+
+    left: Selector
+    right: Selector
+
+
+@_node
+class Both(Node):
+    """`A & B`."""
+
+    left: Selector
+    right: Selector
+
+
+@_node
+class Complement(Node):
+    """`not A`."""
+
+    operand: Selector
+
+
+Selector = Pattern | Either | Both | Complement
 
 
 @_node
@@ -183,7 +216,7 @@ Index = Every | Indices | Slice
 class Step(Node):
     """One `container[index]` of a scope; without an index, the container itself."""
 
-    container: Selector
+    container: Pattern
     index: Index | None = None
 
 
@@ -206,14 +239,34 @@ class Application(Node):
 
 
 @_node
-class Match(Node):
-    """`match S in SCOPE except S apply M(args) expect N`."""
+class Selection(Node):
+    """`optional … S in SCOPE | SCOPE where COND except S … expect N`: which sites.
+
+    `scopes` is empty for the whole model.
+    """
 
     selector: Selector
-    scope: Scope | None
-    exclude: Selector | None
-    application: Application
+    scopes: tuple[Scope, ...] = ()
+    where: Expression | None = None
+    exclude: Selector | None = None
     expect: Expression | None = None
+    optional: bool = False
+
+
+Tie = Literal["share", "untie"]
+
+
+@_node
+class Match(Node):
+    """`match SELECTION apply M(args) share`.
+
+    `tie` says what becomes of a weight that several layers share: all of them change, or the
+    selected one gets a weight of its own.
+    """
+
+    selection: Selection
+    application: Application
+    tie: Tie | None = None
 
 
 ValueType = Literal["int", "float", "text", "bool"]
@@ -234,6 +287,13 @@ class Let(Node):
 
     name: str
     value: Expression
+
+
+@_node
+class Use(Node):
+    """`use "file.peft"`: brings in the methods, formats and lets of another file."""
+
+    path: str
 
 
 @_node
@@ -355,7 +415,7 @@ class Format(Node):
     tensors: tuple[Tensor, ...]
 
 
-Statement = Match | Param | Let | Adapter | Method | Format
+Statement = Match | Param | Let | Adapter | Method | Format | Use
 
 
 @_node

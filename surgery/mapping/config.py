@@ -58,6 +58,8 @@ def foreign_config(plan: Plan, adapter: str, name: str) -> ForeignConfig | Reaso
     methods = tuple(dict.fromkeys(s.form.method.name for s in sites))
     if len(methods) != 1:
         return Reason(f"{name} has one method an adapter, and this has {' and '.join(methods)}")
+    if any(site.site.tie == "share" for site in sites):
+        return Reason(f"{name} has no place for an adapter of a weight that several layers share")
     known = plan.resolved.library.formats(methods[0])
     formats = tuple(f for f in known if f.name == name)
     if not formats:

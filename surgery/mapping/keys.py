@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from surgery.errors import Report, refuse
 from surgery.language import syntax as ast
 from surgery.mapping.spelling import Spelling, chosen_format, place_of
-from surgery.model.holder import SHARED, parameter_name, parameters_of, shared_name, under_adapters
+from surgery.model.holder import SHARED, parameters_of, shared_name, under_adapters
 from surgery.planned import Plan, PlannedSite, SharedParameter, SiteClass
 
 ADAPTED, NATIVE = "adapted", "native"
@@ -163,6 +163,10 @@ def _kept(key: str, source: str, index: Mapping[str, Row], report: Report) -> bo
     return False
 
 
+_ANOTHER_NAME = "give the parameter another name in its method"
+_ANOTHER_KEY = "give one of them another key in the method's `format`"
+
+
 def _check_distinct(keys: list[str], form: str, report: Report) -> None:
     seen: set[str] = set()
     for key in keys:
@@ -170,7 +174,7 @@ def _check_distinct(keys: list[str], form: str, report: Report) -> None:
             report.error(
                 "E320",
                 f"two tensors would be `{key}` in {form} form",
-                hint="give the parameter another name in its method",
+                hint=_ANOTHER_NAME if form in (ADAPTED, NATIVE) else _ANOTHER_KEY,
             )
         seen.add(key)
 
@@ -223,7 +227,7 @@ def _site_rows(
             site.adapter,
             site.path,
             p.name,
-            parameter_name(site.path, site.adapter, p.name),
+            site.adapted(p.name),
             prefix + natives[p.name],
             form.shapes[p.name],
             tuple(_at(s, prefix) for s in known[id(form)].get(p.name, ())),

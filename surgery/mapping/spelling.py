@@ -19,6 +19,9 @@ from surgery.planned import SiteClass
 
 _AXIS = re.compile(r"[A-Za-z_]\w*")
 
+# What layouts and conditions call the axes of a kernel; one of fewer axes has the last of them.
+_KERNEL_AXES = ("depth", "height", "width")
+
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
@@ -85,7 +88,7 @@ def facts(sizes: Sizes, geometry: Geometry | None) -> dict[str, object]:
         return {**sizes.names, "groups": 1, "kernel": 1, "dilation": 1, "padding_mode": "zeros"}
     return {
         **sizes.names,
-        **dict(zip(("height", "width"), geometry.kernel, strict=False)),
+        **dict(zip(_KERNEL_AXES[-geometry.rank :], geometry.kernel, strict=True)),
         "groups": sizes.groups,
         "kernel": prod(geometry.kernel),
         "dilation": max(geometry.dilation),
@@ -131,12 +134,14 @@ def place_of(form: SiteClass) -> Place:
 def rows_of(fmt: ast.Format, form: SiteClass) -> dict[str, ast.Tensor] | str:
     """The row of every parameter of a class of sites; the name of one that has none.
 
+    No format has a place for what is rows of a layer, or is reached by its weight.
+
     Raises DefinitionError (E124) for a layout that does not take the parameter's shape.
     """
     place, rows = place_of(form), dict[str, ast.Tensor]()
     for parameter in form.parameters:
         row = place.row(fmt, parameter.name)
-        if row is None:
+        if row is None or form.part is not None or form.mode == "value":
             return parameter.name
         _check_layout(place.spelling(fmt, row, "", shared=False), form, row)
         rows[row.name] = row

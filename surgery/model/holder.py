@@ -8,7 +8,7 @@ computation runs, its parameters remain the objects that an optimizer knows, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self, cast
 
 import torch
@@ -116,15 +116,19 @@ def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
     return cast("dict[str, nn.Parameter | None]", vars(module)["_parameters"])
 
 
-def parameter_name(path: str, adapter: str, name: str) -> str:
-    """The name that a site's adapter parameter has in the model."""
-    prefix = f"{path}." if path else ""
-    return f"{prefix}{ADAPTERS}.{adapter}.{name}"
+def parameter_name(path: str, holders: Sequence[str], name: str) -> str:
+    """The name that an adapter's parameter has in the model, below a module and some holders."""
+    return ".".join([*filter(None, [path]), ADAPTERS, *holders, name])
 
 
 def shared_name(adapter: str, group: str, name: str) -> str:
     """The name that a shared parameter has in the model."""
     return f"{ADAPTERS}.{adapter}.{SHARED}.{group}.{name}"
+
+
+def link_name(adapter: str) -> str:
+    """The attribute by which a layer that shares an adapted weight reaches the adapter."""
+    return f"{ADAPTERS}_of_{adapter}"
 
 
 def under_adapters(name: str) -> bool:

@@ -8,13 +8,23 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Hashable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
+from surgery.language.syntax import Tie
 from surgery.model.holder import ADAPTERS, children_of, parameters_of
-from surgery.model.layers import Geometry, LayerKind, Sizes, kind_of, matrix_like
+from surgery.model.layers import (
+    Geometry,
+    LayerKind,
+    Mode,
+    Sizes,
+    kind_of,
+    matrix_like,
+    weight_kind_of,
+)
+from surgery.model.parts import Part
 from surgery.model.storage import identity
 
 
@@ -22,7 +32,11 @@ from surgery.model.storage import identity
 class Site:
     """A layer that a method can be put on.
 
-    path: dotted, from the root; "" if the root itself.
+    path: dotted, from the root; "" if the root itself. A part's ends with its name.
+    part: which rows of the module's matrix it is, if not all.
+    mode: how it is reached.
+    tie: what becomes of a weight that it shares with other layers; None if it shares none.
+    followers: the layers that go on sharing its weight, adapted or not.
     dtype, device: of the weight as it lies; an offloaded weight lies on meta.
     layer: the index in the container that the scope indexes, else in the outermost list on the
         path, else None.
@@ -39,6 +53,15 @@ class Site:
     has_bias: bool
     layer: int | None
     container: str | None = None
+    part: Part | None = None
+    mode: Mode = "call"
+    tie: Tie | None = None
+    followers: tuple[nn.Module, ...] = field(default=(), repr=False, compare=False)
+
+    @property
+    def owner(self) -> str:
+        """The path of the module."""
+        return self.path if self.part is None else self.path.rpartition(".")[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +70,7 @@ class Entry:
 
     end: the index after the last entry below this one.
     first: the entry by which the module is known; its own index unless met before.
+    kind: the row that knows its weight. own_forward: no row knows what it does with it.
     layer: the index in the outermost list on the path, if there is one.
     weighted: whether it owns a weight of two or more axes, whether or not a row knows its kind.
     """
@@ -59,6 +83,7 @@ class Entry:
     layer: int | None
     kind: LayerKind | None = field(repr=False)
     weighted: bool
+    own_forward: bool = False
 
     @property
     def name(self) -> str:
@@ -141,9 +166,10 @@ class _Walk:
         self, index: int, path: str, module: nn.Module, parent: int, layer: int | None
     ) -> Entry:
         first = self._first[id(module)]
-        kind = kind_of(module)
+        kind, known = kind_of(module), weight_kind_of(module)
         weighted = matrix_like(module)
-        return Entry(path, module, parent, self._ends[index], first, layer, kind, weighted)
+        end, own = self._ends[index], kind is None
+        return Entry(path, module, parent, end, first, layer, known, weighted, own)
 
 
 def _walked(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -174,19 +200,37 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def site_at(entry: Entry, kind: LayerKind, layer: int | None, container: str | None) -> Site:
-    """The site of an entry, whose weight must be a readable one."""
+def site_at(
+    entry: Entry,
+    kind: LayerKind,
+    layer: int | None,
+    container: str | None,
+    part: Part | None = None,
+    mode: Mode = "call",
+    tie: Tie | None = None,
+    followers: tuple[nn.Module, ...] = (),
+) -> Site:
+    """The site of an entry or of a part of it, whose weight must be a readable one."""
     weight = parameters_of(entry.module)["weight"]
     assert weight is not None
     return Site(
-        path=entry.path,
+        path=entry.path if part is None else _join(entry.path, part.name),
         module=entry.module,
         kind=kind,
-        sizes=kind.sizes(entry.module),
+        sizes=sizes_of(kind.sizes(entry.module), part),
         geometry=kind.geometry(entry.module),
         dtype=weight.dtype,
         device=weight.device,
         has_bias=parameters_of(entry.module).get("bias") is not None,
         layer=layer,
         container=container,
+        part=part,
+        mode=mode,
+        tie=tie,
+        followers=followers,
     )
+
+
+def sizes_of(whole: Sizes, part: Part | None) -> Sizes:
+    """The sizes of a part of a matrix; of all of it for None."""
+    return whole if part is None else replace(whole, fan_out=part.length)

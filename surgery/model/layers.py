@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Literal, cast
 
 import torch
@@ -37,7 +38,10 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """The constants of a convolution; `pad` is what `F.pad` takes when the mode is not zeros."""
+    """The constants of a convolution, an entry for each axis of its kernel.
+
+    pad: what `F.pad` takes when the mode is not zeros.
+    """
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
@@ -46,8 +50,16 @@ class Geometry:
     mode: str
     pad: tuple[int, ...]
 
+    @property
+    def rank(self) -> int:
+        """The number of axes that the kernel moves along."""
+        return len(self.kernel)
+
 
 InputForm = Literal["features", "patches", "indices"]
+
+Mode = Literal["call", "value"]
+"""How an adapter reaches a layer: its call is rewritten, or the weight that its own code reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +91,7 @@ class LayerKind:
     to_matrix: Callable[[Tensor], Tensor]
     from_matrix: Callable[[Tensor, tuple[int, ...]], Tensor]
     apply: Callable[[Tensor, Tensor, Sizes, Geometry | None, bool], Tensor]
-    scale: Callable[[Tensor, Tensor, Sizes], Tensor] | None
+    scale: Callable[[Tensor, Tensor, Sizes, Geometry | None], Tensor] | None
     feature_axis: int = -1
     methods: tuple[str, ...] = ("forward",)
 
@@ -137,8 +149,8 @@ def _apply_features(
     return F.linear(x, matrix)
 
 
-def _scale_features(x: Tensor, vector: Tensor, sizes: Sizes) -> Tensor:
-    del sizes
+def _scale_features(x: Tensor, vector: Tensor, sizes: Sizes, geometry: Geometry | None) -> Tensor:
+    del sizes, geometry
     return x * vector
 
 
@@ -166,17 +178,20 @@ def _apply_indices(
 # ------------------------------------------------------------------------------ convolutions
 
 
+_Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+"""By the rank of the kernel."""
+
+
 def _conv_sizes(module: nn.Module) -> Sizes:
-    conv = cast(nn.Conv2d, module)
+    conv = cast(_Convolution, module)
     channels = conv.in_channels // conv.groups
-    kernel = 1
-    for length in conv.kernel_size:
-        kernel *= length
-    return Sizes(channels * kernel, conv.out_channels, channels, conv.groups)
+    return Sizes(channels * prod(conv.kernel_size), conv.out_channels, channels, conv.groups)
 
 
 def _conv_geometry(module: nn.Module) -> Geometry:
-    conv = cast(nn.Conv2d, module)
+    conv = cast(_Convolution, module)
     padding = conv.padding if isinstance(conv.padding, str) else tuple(conv.padding)
     return Geometry(
         kernel=tuple(conv.kernel_size),
@@ -188,7 +203,7 @@ def _conv_geometry(module: nn.Module) -> Geometry:
     )
 
 
-def _pad_amounts(conv: nn.Conv2d) -> tuple[int, ...]:
+def _pad_amounts(conv: _Convolution) -> tuple[int, ...]:
     """What `F.pad` takes, last axis first, for a padding mode that is not zeros."""
     if conv.padding_mode == "zeros":
         return ()
@@ -208,32 +223,52 @@ def _flat(weight: Tensor) -> Tensor:
     return weight.flatten(1)
 
 
+def _channel_axis(rank: int) -> int:
+    """Where the channels of an input or output stand, batched or not."""
+    return -rank - 1
+
+
 def _apply_patches(
     matrix: Tensor, x: Tensor, sizes: Sizes, geometry: Geometry | None, whole: bool
 ) -> Tensor:
     assert geometry is not None
+    rank, padding = geometry.rank, geometry.padding
     kernel = cast(Tensor, matrix.unflatten(1, (sizes.channels, *geometry.kernel)))
     split = sizes.groups > 1 and not whole
     if split:
-        kernel = kernel.repeat(sizes.groups, *(1,) * (kernel_rank(geometry) - 1))
-    padding = geometry.padding
+        kernel = kernel.repeat(sizes.groups, 1, *(1,) * rank)
     if geometry.mode != "zeros":
         x = F.pad(x, geometry.pad, mode=geometry.mode)
-        padding = (0,) * len(geometry.kernel)
-    y = F.conv2d(
+        padding = (0,) * rank
+    y = _CONVOLVE[rank](
         x, kernel, None, geometry.stride, cast(str, padding), geometry.dilation, sizes.groups
-    ).movedim(-3, -1)
+    ).movedim(_channel_axis(rank), -1)
     return cast(Tensor, y.unflatten(-1, (sizes.groups, -1))) if split else y
 
 
-def kernel_rank(geometry: Geometry) -> int:
-    """The number of axes of a convolution's weight."""
-    return len(geometry.kernel) + 2
-
-
-def _scale_channels(x: Tensor, vector: Tensor, sizes: Sizes) -> Tensor:
+def _scale_channels(x: Tensor, vector: Tensor, sizes: Sizes, geometry: Geometry | None) -> Tensor:
+    assert geometry is not None
     every_group = vector.repeat(sizes.groups) if sizes.groups > 1 else vector
-    return x * cast(Tensor, every_group.unflatten(0, (-1, 1, 1)))
+    return x * cast(Tensor, every_group.unflatten(0, (-1, *(1,) * geometry.rank)))
+
+
+def _convolution(rank: int) -> LayerKind:
+    """The row of the convolution whose kernel has so many axes."""
+    return LayerKind(
+        name=f"conv{rank}d",
+        qualified=f"torch.nn.modules.conv.Conv{rank}d",
+        argument="input",
+        input="patches",
+        sizes=_conv_sizes,
+        geometry=_conv_geometry,
+        objection=_no_objection,
+        to_matrix=_flat,
+        from_matrix=_stored,
+        apply=_apply_patches,
+        scale=_scale_channels,
+        feature_axis=_channel_axis(rank),
+        methods=("forward", "_conv_forward"),
+    )
 
 
 KINDS: tuple[LayerKind, ...] = (
@@ -276,49 +311,7 @@ KINDS: tuple[LayerKind, ...] = (
         apply=_apply_indices,
         scale=None,
     ),
-    LayerKind(
-        name="conv2d",
-        qualified="torch.nn.modules.conv.Conv2d",
-        argument="input",
-        input="patches",
-        sizes=_conv_sizes,
-        geometry=_conv_geometry,
-        objection=_no_objection,
-        to_matrix=_flat,
-        from_matrix=_stored,
-        apply=_apply_patches,
-        scale=_scale_channels,
-        feature_axis=-3,
-        methods=("forward", "_conv_forward"),
-    ),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Bypass:
-    """An owner that reads a child's weight without calling the child, so a new forward is dead."""
-
-    owner: str
-    child: str
-    reason: str
-
-
-BYPASSES: tuple[Bypass, ...] = (
-    Bypass(
-        "torch.nn.modules.activation.MultiheadAttention",
-        "out_proj",
-        "nn.MultiheadAttention reads out_proj.weight itself and never calls out_proj",
-    ),
-    Bypass(
-        "torch.nn.modules.transformer.TransformerEncoderLayer",
-        "linear1",
-        "the fast path of nn.TransformerEncoderLayer reads linear1.weight itself",
-    ),
-    Bypass(
-        "torch.nn.modules.transformer.TransformerEncoderLayer",
-        "linear2",
-        "the fast path of nn.TransformerEncoderLayer reads linear2.weight itself",
-    ),
+    *map(_convolution, _CONVOLVE),
 )
 
 
@@ -327,19 +320,30 @@ def qualified_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def base_class(module: nn.Module) -> type[nn.Module]:
+    """The module's own class, mounted or not."""
+    return cast("type[nn.Module]", getattr(type(module), "surgery_base", type(module)))
+
+
 def kind_of(module: nn.Module) -> LayerKind | None:
     """The row that knows this module's forward, or None.
 
     A row holds for its own class and for any subclass that has replaced none of its `methods`;
-    classes that were swapped in by mounting are looked through by their `surgery_base`.
+    classes that were swapped in by mounting are looked through.
     """
-    cls = cast(type[nn.Module], getattr(type(module), "surgery_base", type(module)))
+    cls = base_class(module)
     for ancestor in cls.__mro__:
         kind = _BY_CLASS.get(qualified_name(ancestor))
         if kind is not None:
             same = all(_attribute(cls, m) is _attribute(ancestor, m) for m in kind.methods)
             return kind if same else None
     return None
+
+
+def weight_kind_of(module: nn.Module) -> LayerKind | None:
+    """The row that knows this module's weight, whatever its forward does with it, or None."""
+    names = map(qualified_name, base_class(module).__mro__)
+    return next((kind for name in names if (kind := _BY_CLASS.get(name)) is not None), None)
 
 
 def _attribute(cls: type, name: str) -> object:

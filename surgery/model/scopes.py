@@ -13,10 +13,10 @@ from typing import assert_never
 from torch import nn
 
 from surgery.errors import Report, Span
-from surgery.language.patterns import Pattern, compile_selector
 from surgery.language.syntax import Every, Expression, Index, Indices, Scope, Slice, Step
 from surgery.model.inventory import Inventory
 from surgery.model.nearest import closest, listing, plural, tails
+from surgery.model.roles import RolePattern, Tails, compiled
 
 Names = Callable[[Expression], object]
 
@@ -34,19 +34,36 @@ class Region:
     container: str | None = None
 
 
-def resolve(
-    scope: Scope | None, inventory: Inventory, report: Report, names: Names
-) -> tuple[Region, ...]:
-    """The regions of a scope, disjoint and in module order; empty if an error was reported.
+def regions_of(
+    scopes: Sequence[Scope], inventory: Inventory, report: Report, names: Names
+) -> tuple[Region, ...] | None:
+    """The regions of all scopes, in their order; the whole model if there are none.
 
-    `names` evaluates an index, or gives None if it has reported why it cannot. Reports E203 (no
-    such container), E204 (an index that is not there), E205 (a slice past the end, a warning; a
-    scope without anything in it, an error).
+    What an error was reported for adds none; None if `names` gave None for an index. Regions of
+    different scopes may overlap.
+    """
+    if not scopes:
+        return (Region(0),)
+    found = [_resolved(scope, inventory, report, names) for scope in scopes]
+    known = [some for some in found if some is not None]
+    if len(known) < len(found):
+        return None
+    return tuple(dict.fromkeys(region for some in known for region in some))
+
+
+def _resolved(
+    scope: Scope, inventory: Inventory, report: Report, names: Names
+) -> tuple[Region, ...] | None:
+    """The regions of a scope, disjoint and in module order; with errors, those without one.
+
+    `names` evaluates an index, or gives None if it has reported why it cannot, and then so does
+    this. Reports E203 (no such container), E204 (an index that is not there), E205 (a slice past
+    the end, a warning), E212 (a role that the model lacks), E214 (nothing in the scope).
     """
     regions: tuple[Region, ...] = (Region(0),)
-    for step in () if scope is None else scope.steps:
+    for step in scope.steps:
         if any(names(value) is None for value in _expressions(step.index)):
-            return ()
+            return None
         regions = _descend(step, regions, inventory, report, names)
         if not regions:
             return ()
@@ -61,9 +78,9 @@ def _descend(
     containers = _containers(step, regions, inventory, mine)
     chosen = tuple(part for container in containers for part in reach.into(container))
     if not chosen and not mine.failed:
-        mine.error("E205", "the scope is empty", step.span, label="this chooses nothing")
+        mine.error("E214", "the scope is empty", step.span, label="this chooses nothing")
     report.extend(mine.found)
-    return () if mine.failed else chosen
+    return chosen
 
 
 def _expressions(index: Index | None) -> tuple[Expression, ...]:
@@ -85,17 +102,17 @@ def _containers(
     step: Step, regions: Sequence[Region], inventory: Inventory, report: Report
 ) -> list[Region]:
     """The entries a step names below the regions; each keeps the layer of its region."""
-    pattern = compile_selector(step.container, report)
+    pattern = compiled(step.container, inventory, report, container=True)
     if pattern is None:
         return []
     found = [answer for region in regions for answer in _answers(pattern, region, inventory)]
     missing = _missing(pattern, step.container.span, regions, inventory, bool(found))
     for alternative, span in missing:
         _report_missing(alternative, span, regions, inventory, report)
-    return [] if missing else found
+    return found
 
 
-def _answers(pattern: Pattern, region: Region, inventory: Inventory) -> Iterator[Region]:
+def _answers(pattern: Tails, region: Region, inventory: Inventory) -> Iterator[Region]:
     entries = inventory.entries
     at = region.entry + 1
     while at < entries[region.entry].end:
@@ -119,12 +136,12 @@ def _below(regions: Sequence[Region], inventory: Inventory) -> Iterator[str]:
 
 
 def _missing(
-    pattern: Pattern,
+    pattern: Tails,
     span: Span,
     regions: Sequence[Region],
     inventory: Inventory,
     found: bool,
-) -> list[tuple[Pattern, Span]]:
+) -> list[tuple[Tails, Span]]:
     """The alternatives that name no container."""
     if len(pattern.alternatives) < 2:
         return [] if found else [(pattern, span)]
@@ -133,13 +150,17 @@ def _missing(
 
 
 def _report_missing(
-    pattern: Pattern, span: Span, regions: Sequence[Region], inventory: Inventory, report: Report
+    pattern: Tails, span: Span, regions: Sequence[Region], inventory: Inventory, report: Report
 ) -> None:
+    if isinstance(pattern, RolePattern):
+        message = f"this model has no `{span.text}`"
+        report.error("E212", message, span, hint=_holding(regions, inventory))
+        return
     wanted = pattern.literal or span.text.strip("/")
     counts = tails(_below(regions, inventory), wanted)
     near = closest(wanted, counts)
-    label = f"did you mean `{near}`? {plural(counts[near], 'module')} here" if near else ""
-    hint = "" if near else _holding(regions, inventory)
+    label = near.question(f"{plural(sum(counts[n] for n in near.best), 'module')} here")
+    hint = near.others(counts) if near.best else _holding(regions, inventory)
     report.error("E203", f"no module is called `{wanted}`", span, label=label, hint=hint)
 
 

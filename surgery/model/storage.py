@@ -151,6 +151,8 @@ def unreadable(module: nn.Module) -> str:
         return "its weight is no parameter of its own; a parametrization computes it"
     if is_lazy(weight):
         return "its weight has no shape before the first call"
+    if weight.dtype.itemsize < 2 or not (weight.is_floating_point() or weight.is_complex()):
+        return f"its weight is stored as {weight.dtype}, and what it stands for is not known"
     if storage_of(module) is None:
         return f"its weight is a {type(weight).__name__}, which no storage row reads"
     return ""

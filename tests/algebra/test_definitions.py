@@ -134,10 +134,17 @@ def test_what_is_wrong_is_underlined(code: str, signature: str, body: str) -> No
     assert one.label or one.hint, one
 
 
+def test_an_unknown_kind_is_underlined() -> None:
+    (found,) = checked('method m(a: text = ") on matrix {") on matrxi { W\' = W }')
+    assert found.code == "E112"
+    assert found.span is not None
+    assert found.span.text == "matrxi"
+    assert found.label == "did you mean `matrix`?"
+
+
 @pytest.mark.parametrize(
     ("code", "text"),
     [
-        ("E112", "method m() on matrxi { W' = W }"),
         ("E113", "method m(%s) on matrix { %s W' = W }"),
         ("E120", "method m() on matrix { train A[out, in] = 0 }"),
         ("E120", "method m() on matrix { }"),

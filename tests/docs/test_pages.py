@@ -10,9 +10,11 @@ import pytest
 
 import surgery
 from surgery.algebra.beginnings import DISTRIBUTIONS
+from surgery.algebra.filters import FACTS
 from surgery.algebra.ops import OPS
 from surgery.language.library import Library
 from surgery.language.parse import LATER, RESERVED
+from surgery.model.roles import ROLES
 from surgery.resources import methods_dir
 
 ROOT = Path(__file__).parents[2]
@@ -68,3 +70,9 @@ def test_the_language_page_has_every_operator_and_word() -> None:
     spelled = {name for name, op in OPS.items() if op.spelled is not None}
     words = set(re.findall(r"\w+", LANGUAGE))
     assert {*spelled, *DISTRIBUTIONS, *LATER, *RESERVED} <= words
+
+
+def test_the_language_page_has_every_role_and_fact() -> None:
+    assert set(re.findall(r"`@(\w+)`", LANGUAGE)) == ROLES.keys()
+    rows = "\n".join(re.findall(r"^\| `.*", LANGUAGE, re.MULTILINE))
+    assert FACTS.keys() <= set(re.findall(r"`(\w+)`", rows))

@@ -228,11 +228,10 @@ def test_every_expression_is_the_text_of_its_span(expression: ast.Expression) ->
 
 def test_a_selector_is_the_text_of_its_span() -> None:
     found = match_of("  match /q/ in {a,b}.c[1] except *.d apply m()")
-    assert found.selector.span.text == "/q/"
-    assert found.scope is not None
-    assert found.scope.steps[0].container.span.text == "{a,b}.c"
-    assert found.exclude is not None
-    assert found.exclude.span.text == "*.d"
+    assert found.selection.selector.span.text == "/q/"
+    assert found.selection.scopes[0].steps[0].container.span.text == "{a,b}.c"
+    assert found.selection.exclude is not None
+    assert found.selection.exclude.span.text == "*.d"
     assert (found.span.start, found.application.span.text) == (2, "m()")
 
 

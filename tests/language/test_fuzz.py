@@ -7,6 +7,7 @@ from contextlib import suppress
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from surgery.algebra.mentions import nodes
 from surgery.errors import Diagnostic, Report, SpecSyntaxError
 from surgery.language import syntax as ast
 from surgery.language.parse import parse, parse_bytes
@@ -20,6 +21,7 @@ WORDS = (
     *("train", "frozen", "shared", "else", "format", "config", "tensor", "as", "true", "false"),
     *("and", "or", "not", "int", "float", "text", "bool", "where", "then", "save", "use", "init"),
     *("q_proj", "mlp.*", "{a,b}", "a", "W", "b", "x", "y", "8", "0.5", "1e-4", '"a"', '"', "/q|v/"),
+    *("optional", "@query", "@layers", "@"),
     *("(", ")", "[", "]", "{", "}", ",", ":", ";", "=", "==", "<", "+", "-", "*", "**", "/", "//"),
     *("%", "@", "'", "~", ".", "|", "&", "ᵀ", "#", "\\", "\n"),
 )
@@ -45,7 +47,9 @@ def checked(spec: ast.Spec, text: str) -> str:
         assert 0 <= statement.span.start < statement.span.end <= len(text)
         if isinstance(statement, ast.Match):
             report = Report()
-            compile_selector(statement.selector, report)
+            for pattern in nodes(statement.selection.selector):
+                if isinstance(pattern, ast.Regex | ast.Glob):
+                    compile_selector(pattern, report)
             for one in report.found:
                 check(one, text)
     hash(spec)
@@ -58,7 +62,8 @@ def check(found: Diagnostic, text: str) -> None:
     assert found.hint or found.label
     assert found.span is not None or found.code in ("E001", "E002", "E005")
     if found.span is not None:
-        assert 0 <= found.span.start < found.span.end <= len(text)
+        least = 0 if found.code == "E005" else 1  # an empty text has no place
+        assert 0 <= found.span.start <= found.span.end - least <= len(text) - least
     assert str(found)
     assert found.as_json()
 

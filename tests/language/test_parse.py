@@ -71,9 +71,11 @@ def nodes(node: ast.Node) -> Iterator[ast.Node]:
 def test_the_line_on_the_card() -> None:
     found = match_of("match /q_proj|v_proj/ in layers[0:12] apply bone(r=8)")
     assert found == ast.Match(
-        ast.Regex("q_proj|v_proj", span=SPAN),
-        ast.Scope((ast.Step(LAYERS, piece(0, 12), span=SPAN),), span=SPAN),
-        None,
+        ast.Selection(
+            ast.Regex("q_proj|v_proj", span=SPAN),
+            (ast.Scope((ast.Step(LAYERS, piece(0, 12), span=SPAN),), span=SPAN),),
+            span=SPAN,
+        ),
         ast.Application("bone", (keyword("r", number(8)),), span=SPAN),
         span=SPAN,
     )
@@ -81,9 +83,9 @@ def test_the_line_on_the_card() -> None:
 
 def test_every_clause() -> None:
     found = match_of("match mlp.* in layers[0:-2] except down_proj apply bone(r=8) expect 60")
-    assert found.selector == ast.Glob("mlp.*", span=SPAN)
-    assert found.exclude == ast.Glob("down_proj", span=SPAN)
-    assert found.expect == number(60)
+    assert found.selection.selector == ast.Glob("mlp.*", span=SPAN)
+    assert found.selection.exclude == ast.Glob("down_proj", span=SPAN)
+    assert found.selection.expect == number(60)
 
 
 @pytest.mark.parametrize(
@@ -101,21 +103,18 @@ def test_every_clause() -> None:
     ],
 )
 def test_indices(text: str, index: ast.Index | None) -> None:
-    scope = match_of(f"match q in {text} apply m()").scope
-    assert scope is not None
+    (scope,) = match_of(f"match q in {text} apply m()").selection.scopes
     assert scope.steps == (ast.Step(LAYERS, index, span=SPAN),)
 
 
 def test_an_index_from_the_end() -> None:
-    scope = match_of("match q in layers[-4:] apply m()").scope
-    assert scope is not None
+    (scope,) = match_of("match q in layers[-4:] apply m()").selection.scopes
     start = ast.Unary("-", number(4), span=SPAN)
     assert scope.steps[0].index == ast.Slice(start, span=SPAN)
 
 
 def test_a_scope_of_several_steps() -> None:
-    scope = match_of("match q in encoder.layers[0:3].experts[*] apply m()").scope
-    assert scope is not None
+    (scope,) = match_of("match q in encoder.layers[0:3].experts[*] apply m()").selection.scopes
     assert [step.container for step in scope.steps] == [
         ast.Glob("encoder.layers", span=SPAN),
         ast.Glob("experts", span=SPAN),
@@ -136,7 +135,105 @@ def test_params_lets_and_adapters() -> None:
     assert named == ast.Param("name", "text", span=SPAN)
     assert alpha == ast.Let("alpha", binary(number(2), "*", name("rank")), span=SPAN)
     assert isinstance(code, ast.Adapter)
-    assert [one.selector.pattern for one in code.body] == ["mlp", "up"]
+    assert [one.selection.selector for one in code.body] == [glob("mlp"), glob("up")]
+
+
+def glob(pattern: str) -> ast.Glob:
+    return ast.Glob(pattern, span=SPAN)
+
+
+A, B, C = glob("a"), glob("b"), glob("c")
+
+
+def either(left: ast.Selector, right: ast.Selector) -> ast.Either:
+    return ast.Either(left, right, span=SPAN)
+
+
+def both(left: ast.Selector, right: ast.Selector) -> ast.Both:
+    return ast.Both(left, right, span=SPAN)
+
+
+def without(operand: ast.Selector) -> ast.Complement:
+    return ast.Complement(operand, span=SPAN)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("a | b | c", either(either(A, B), C)),
+        ("a & b & c", both(both(A, B), C)),
+        ("a | b & c", either(A, both(B, C))),
+        ("a & b | c", either(both(A, B), C)),
+        ("a & (b | c)", both(A, either(B, C))),
+        ("not a & b", both(without(A), B)),
+        ("not (a & b)", without(both(A, B))),
+        ("not not a", without(without(A))),
+        ("((a))", A),
+        ("/x|y/ | {b,c}", either(ast.Regex("x|y", span=SPAN), glob("{b,c}"))),
+        ("@query|@key", either(ast.Role("query", span=SPAN), ast.Role("key", span=SPAN))),
+        ("nota | inb & wherec", either(glob("nota"), both(glob("inb"), glob("wherec")))),
+        ("not.a | in.b | *where", either(either(glob("not.a"), glob("in.b")), glob("*where"))),
+    ],
+)
+def test_set_algebra(text: str, wanted: ast.Selector) -> None:
+    selection = match_of(f"match {text} except {text} apply m()").selection
+    assert (selection.selector, selection.exclude) == (wanted, wanted)
+
+
+def test_selectors_have_the_spans_of_their_texts() -> None:
+    selector = match_of("match a | (not /b/ & @c) apply m()").selection.selector
+    assert isinstance(selector, ast.Either)
+    assert selector.span.text == "a | (not /b/ & @c)"
+    assert selector.right.span.text == "not /b/ & @c"
+    assert isinstance(selector.right, ast.Both)
+    assert (selector.right.left.span.text, selector.right.right.span.text) == ("not /b/", "@c")
+
+
+def test_scopes_joined() -> None:
+    first, second, third = match_of(
+        "match a in b[0].c | @layers[*] | /d/ apply m()"
+    ).selection.scopes
+    assert [step.container for step in first.steps] == [B, C]
+    assert second.steps == (
+        ast.Step(ast.Role("layers", span=SPAN), ast.Every(span=SPAN), span=SPAN),
+    )
+    assert third.steps == (ast.Step(ast.Regex("d", span=SPAN), span=SPAN),)
+    assert [s.span.text for s in (first, second, third)] == ["b[0].c", "@layers[*]", "/d/"]
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("type == Linear", binary(name("type"), "==", name("Linear"))),
+        ('name == "q"', binary(name("name"), "==", ast.Text("q", span=SPAN))),
+        ("tied", name("tied")),
+        ("in % 8 == 0", binary(binary(name("in"), "%", number(8)), "==", number(0))),
+        ("tied or in < out", binary(name("tied"), "or", binary(name("in"), "<", name("out")))),
+    ],
+)
+def test_where(text: str, wanted: ast.Expression) -> None:
+    for clauses in (f"where {text}", f"in b where {text} except c", f"where ({text}) except c"):
+        selection = match_of(f"match a {clauses} apply m()").selection
+        assert selection.where == wanted
+        assert (selection.exclude is not None) == ("except" in clauses)
+
+
+def test_optional() -> None:
+    spec = parse(
+        "optional match a apply m() match b apply m() adapter x { optional match c apply m() }"
+    )
+    first, second, adapter = spec.statements
+    assert isinstance(first, ast.Match)
+    assert isinstance(second, ast.Match)
+    assert isinstance(adapter, ast.Adapter)
+    found = [one.selection.optional for one in (first, second, *adapter.body)]
+    assert found == [True, False, True]
+    assert first.span.text == "optional match a apply m()"
+    assert first != match_of("match a apply m()")
+
+
+def test_use() -> None:
+    assert parse('use "sub/a.peft"').statements == (ast.Use("sub/a.peft", span=SPAN),)
 
 
 def test_a_method() -> None:
@@ -234,12 +331,14 @@ def test_a_division_before_a_regex() -> None:
     half = binary(binary(name("alpha"), "/", name("r")), "/", number(2))
     assert alpha == ast.Let("a", half, span=SPAN)
     assert isinstance(match, ast.Match)
-    assert match.selector == ast.Regex("x", span=SPAN)
+    assert match.selection.selector == ast.Regex("x", span=SPAN)
 
 
 @pytest.mark.parametrize("pattern", [r"a#b", r"a\/b", r"\(", r"[#\/]x", 'a"b'])
 def test_signs_inside_a_regex(pattern: str) -> None:
-    assert match_of(f"match /{pattern}/ apply m()").selector == ast.Regex(pattern, span=SPAN)
+    assert match_of(f"match /{pattern}/ apply m()").selection.selector == ast.Regex(
+        pattern, span=SPAN
+    )
 
 
 def test_the_name_in_beside_the_keyword() -> None:
@@ -253,7 +352,7 @@ def test_a_power_beside_a_glob() -> None:
     spec = parse("let a = 10**12 match ** apply m(r = 2**3)")
     assert spec.statements[0] == ast.Let("a", binary(number(10), "**", number(12)), span=SPAN)
     assert isinstance(spec.statements[1], ast.Match)
-    assert spec.statements[1].selector == ast.Glob("**", span=SPAN)
+    assert spec.statements[1].selection.selector == ast.Glob("**", span=SPAN)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +365,7 @@ def test_a_power_beside_a_glob() -> None:
 def test_words_in_selectors_are_selectors(glob: str) -> None:
     found = match_of(f"match {glob} in {glob} except {glob} apply m()")
     wanted = ast.Glob(glob, span=SPAN)
-    assert (found.selector, found.exclude) == (wanted, wanted)
+    assert (found.selection.selector, found.selection.exclude) == (wanted, wanted)
 
 
 def test_words_of_the_grammar_may_be_names() -> None:

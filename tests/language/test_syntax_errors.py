@@ -52,20 +52,10 @@ def test_unexpected(text: str, place: str, said: str, marked: Marked, refused: R
 @pytest.mark.parametrize(
     ("text", "place"),
     [
-        ("match q where type == Linear apply m()", "1:9 where"),
         ("match q apply m() then n()", "1:19 then"),
-        ("optional match q apply m()", "1:1 optional"),
         ("train bias in layers[*]", "1:1 train"),
         ("save lm_head", "1:1 save"),
         ("activate 0.7*a + 0.3*b", "1:1 activate"),
-        ('use "a.peft"', "1:1 use"),
-        ("match @query apply m()", "1:7 @"),
-        ("match q in @layers[0:2] apply m()", "1:12 @"),
-        ("match q | v apply m()", "1:9 |"),
-        ("match q & v apply m()", "1:9 &"),
-        ("match q in a | b apply m()", "1:14 |"),
-        ("match not q apply m()", "1:7 not"),
-        ("match (q) apply m()", "1:7 ("),
         ("method m() on matrix { W := W - A }", "1:26 :"),
     ],
 )
@@ -74,6 +64,57 @@ def test_what_comes_later_is_called_so(
 ) -> None:
     assert marked(text) == [("E004", place)]
     assert "not part of this version" in refused(text)[0].message
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "said"),
+    [
+        ("match a | apply m()", "1:11 apply", "expected a selector"),
+        ("match a & apply m()", "1:11 apply", "expected a selector"),
+        ("match a &", "1:9 &", "expected a selector"),
+        ("match (a apply m()", "1:10 apply", "expected `)` or `|`"),
+        ("match a) apply m()", "1:8 )", "expected `apply`"),
+        ("match () apply m()", "1:8 )", "expected a selector"),
+        ("match not apply m()", "1:11 apply", "expected a selector"),
+        ("match a b apply m()", "1:9 b", "expected `&`, `apply`"),
+        ("match a and b apply m()", "1:9 and", "`A & B` selects what both do"),
+        ("match a or b apply m()", "1:9 or", "`A | B` selects what either does"),
+        ("match a, b apply m()", "1:8 ,", "`A | B` selects what either does"),
+        ("match a - b apply m()", "1:9 -", "`A & not B`"),
+        ("match a || b apply m()", "1:10 |", "`|` and `&` are one sign each"),
+        ("match !a apply m()", "1:7 !", "`not A` selects what A does not"),
+        ("match @ apply m()", "1:7 @", "a role is one word: `@query`"),
+        ("match @1 apply m()", "1:7 @", "a role is one word: `@query`"),
+        ("match a in @ apply m()", "1:12 @", "a role is one word: `@query`"),
+        ("match a in b | apply m()", "1:16 apply", "expected a container"),
+        ("match a in | b apply m()", "1:12 |", "expected a container"),
+        ("match a in apply m()", "1:12 apply", "expected a container"),
+        ("match a in (b | c) apply m()", "1:12 (", "a scope is a path of containers"),
+        ("match a in b & c apply m()", "1:14 &", "a scope is a path of containers"),
+        ("match a in not b apply m()", "1:12 not", "a scope is a path of containers"),
+        ("match a where apply m()", "1:15 apply", "expected an expression"),
+        ("match a where type = Linear apply m()", "1:20 =", "`==` compares"),
+        ("match a where x in b apply m()", "1:17 in", "the order is: match S in SCOPE where"),
+        ("match a except b where x apply m()", "1:18 where", "the order is: match S in SCOPE"),
+        ("match a wher b apply m()", "1:9 wher", "did you mean `where`?"),
+        ("optinal match a apply m()", "1:1 optinal", "did you mean `optional`?"),
+        ("optional let x = 1", "1:10 let", "expected `match`"),
+        ("optional", "1:8 l", "expected `match`"),
+        ("use file", "1:5 file", "expected a text in double quotes"),
+    ],
+)
+def test_unfinished_clauses(
+    text: str, place: str, said: str, marked: Marked, refused: Refused
+) -> None:
+    assert marked(text) == [("E003", place)]
+    assert said in str(refused(text)[0])
+
+
+def test_a_parenthesis_of_a_selector_that_is_not_closed_is_shown(refused: Refused) -> None:
+    (found,) = refused("match (a | b apply m()")
+    assert [(note, span.text, span.start) for note, span in found.related] == [
+        ("this is not closed", "(", 6)
+    ]
 
 
 @pytest.mark.parametrize("word", sorted(RESERVED | LATER))
@@ -117,6 +158,9 @@ def test_arguments_need_names(text: str, places: list[str], marked: Marked) -> N
     [
         ('let a = f("out)  ', '1:11 "out)'),
         ("match /q_proj apply m()", "1:7 /q_proj apply m()"),
+        ("match a | /b apply m()", "1:11 /b apply m()"),
+        ("match (not /b apply m()", "1:12 /b apply m()"),
+        ("match a in b | /c apply m()", "1:16 /c apply m()"),
     ],
 )
 def test_not_closed_on_the_line(text: str, place: str, marked: Marked) -> None:
@@ -155,6 +199,23 @@ let c = 3
         ("E003", "3:12 +"),
         ("E003", "4:19 )"),
         ("E004", "5:1 save"),
+    ]
+
+
+def test_optional_statements_are_read_as_one(marked: Marked) -> None:
+    text = """\
+optional match q aply m()
+optional
+match v | /(/ & (/[/ | k) where a / (b) apply m(r=)
+adapter code { optional match q aply m()
+match k aply m() }
+optional match q apply m()
+"""
+    assert marked(text) == [
+        ("E003", "1:18 aply"),
+        ("E003", "3:51 )"),
+        ("E003", "4:33 aply"),
+        ("E003", "5:9 aply"),
     ]
 
 

@@ -25,15 +25,22 @@ class Net(nn.Module):
         self.image = nn.Conv2d(6, 12, (3, 2), stride=(1, 2), padding=1, dilation=(1, 2))
         self.grouped = nn.Conv2d(12, 12, 3, groups=2, padding=1, padding_mode="reflect")
         self.norm = nn.BatchNorm2d(12)
+        self.wave = nn.Conv1d(
+            12, 6, 3, stride=2, padding=4, dilation=2, groups=2, padding_mode="circular"
+        )
+        self.volume = nn.Conv3d(
+            6, 12, (2, 3, 1), stride=(1, 2, 1), padding=(0, 2, 1), dilation=(1, 2, 1), groups=2
+        )
         self.register_buffer("grid", torch.arange(6.0))
         self.first.weight.requires_grad_(False)
         self.norm.eval()
 
     def forward(self, tokens: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [...] to [..., 12], and an image [n, 6, h, w] to another."""
+        """Tokens [n, t] to [n, 6, t'], and an image [n, 6, h, w] to [n, 12, 1, h', w']."""
         hidden = torch.tanh(self.first(self.table(tokens)))
         hidden = torch.tanh(self.middle(hidden))
-        return self.last(hidden), self.norm(self.grouped(self.image(image)))
+        image = self.norm(self.grouped(self.image(image)))
+        return self.wave(self.last(hidden).mT), self.volume(image.unflatten(1, (6, 2)))
 
 
 MakeNet = Callable[[torch.dtype], nn.Module]

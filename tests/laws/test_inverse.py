@@ -214,7 +214,7 @@ def test_where_arithmetic_does_not_lead_back_it_is_refused_before(
     with pytest.raises(StateError, match="E405") as caught:
         compiled.inverse.merge(undo="algebraic")
     assert everything(model) == before
-    assert len(caught.value.diagnostics) == 6
+    assert len(caught.value.diagnostics) == 8
     assert all(d.span and d.hint for d in caught.value.diagnostics)
 
 

@@ -19,6 +19,9 @@ from transformers.pytorch_utils import Conv1D
 import surgery
 from surgery.model.holder import parameters_of
 
+# torch says so once, of the module itself, where the two sides of "same" differ.
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
+
 untyped = cast(Any, torch)  # for calls whose stubs are not fully typed
 
 PRIMES = (5, 7, 11, 13)
@@ -64,31 +67,39 @@ def embedding(draw: Draw, needs: Needs) -> Layer:
     return Layer(spread(nn.Embedding(count, width)), torch.arange(3 * count) % count)
 
 
-def conv2d(draw: Draw, needs: Needs) -> Layer:
-    groups = draw(st.sampled_from([1, 1, 2, 3]))
-    channels = draw(st.sampled_from([2, 3])) * needs.fan_in
-    fan_out = draw(st.sampled_from([1, 2, 5])) * groups * needs.fan_out
-    mode = draw(st.sampled_from(["zeros", "zeros", "reflect", "replicate", "circular"]))
-    kernel = draw(st.sampled_from([(3, 3), (3, 1), (2, 3), (1, 1)]))
-    module = nn.Conv2d(
-        channels * groups,
-        fan_out,
-        kernel,
-        stride=draw(st.sampled_from([1, (2, 1), (1, 3)])),
-        padding=draw(st.sampled_from([0, 1, (2, 1), "valid"])),
-        dilation=draw(st.sampled_from([1, (1, 2)])),
-        groups=groups,
-        padding_mode=mode,
-        bias=draw(st.booleans()),
-    )
-    return Layer(module, torch.randn(2, channels * groups, 7, 11))
+@dataclass(frozen=True)
+class Convolution:
+    """Convolutions of one class: what is drawn for each axis, and the places of an input."""
+
+    make: type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]
+    kernels: tuple[tuple[int, ...], ...]
+    places: tuple[int, ...]
+
+    def __call__(self, draw: Draw, needs: Needs) -> Layer:
+        """A layer, for which 'same' padding has no stride to bear."""
+        groups = draw(st.sampled_from([1, 1, 2, 3]))
+        channels = draw(st.sampled_from([2, 3])) * needs.fan_in * groups
+        fan_out = draw(st.sampled_from([1, 2, 5])) * groups * needs.fan_out
+        padding = draw(st.sampled_from([0, 1, (2, 1, 1), "valid", "same", "same"]))
+        module = cast(Any, self.make)(
+            channels,
+            fan_out,
+            draw(st.sampled_from(self.kernels)),
+            stride=1 if padding == "same" else self._each(draw(st.sampled_from(STEPS))),
+            padding=padding if isinstance(padding, str) else self._each(padding),
+            dilation=self._each(draw(st.sampled_from([1, 1, (2, 1, 1), (1, 2, 2)]))),
+            groups=groups,
+            padding_mode=draw(st.sampled_from(["zeros", "zeros", *PADS])),
+            bias=draw(st.booleans()),
+        )
+        return Layer(module, torch.randn(2, channels, *self.places))
+
+    def _each(self, value: int | tuple[int, ...]) -> int | tuple[int, ...]:
+        return value if isinstance(value, int) else value[: len(self.places)]
 
 
-def conv2d_same(draw: Draw, needs: Needs) -> Layer:
-    channels, fan_out = 3 * needs.fan_in, 5 * needs.fan_out
-    mode = draw(st.sampled_from(["zeros", "reflect", "circular"]))
-    conv = nn.Conv2d(channels, fan_out, (3, 5), padding="same", dilation=(2, 1), padding_mode=mode)
-    return Layer(conv, torch.randn(2, channels, 7, 11))
+STEPS = (1, (2, 1, 1), (1, 3, 2))
+PADS = ("reflect", "replicate", "circular")
 
 
 def spread(layer: nn.Module) -> nn.Module:
@@ -103,8 +114,9 @@ KINDS = {
     "linear": linear,
     "transposed_linear": transposed,
     "embedding": embedding,
-    "conv2d": conv2d,
-    "conv2d_same": conv2d_same,
+    "conv1d": Convolution(nn.Conv1d, ((3,), (4,), (1,)), (11,)),
+    "conv2d": Convolution(nn.Conv2d, ((3, 3), (3, 1), (2, 3), (3, 5), (1, 1)), (7, 11)),
+    "conv3d": Convolution(nn.Conv3d, ((3, 1, 2), (2, 3, 1), (1, 1, 1)), (5, 7, 3)),
 }
 
 # -------------------------------------------------------------- the mathematics, by hand, [out, in]

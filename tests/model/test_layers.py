@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
+import transformers
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from surgery.model.bypassed import READ_BY_OWNER
 from surgery.model.layers import LayerKind, kind_of
 
 # torch says so once, of the module itself, where the two sides of "same" differ.
@@ -61,19 +65,22 @@ def dense(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
 
 
 PADS = ["zeros", "circular", "reflect", "replicate"]
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+PLACES = (11, 13, 7)
 
 
 @st.composite
 def convolutions(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
     """A convolution of uneven kernel, stride, dilation and padding, with an input of it."""
+    rank = draw(st.integers(1, 3))
     groups = draw(st.sampled_from([1, 2, 3]))
     channels, outputs = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 5]))
-    pair = st.tuples(st.integers(1, 2), st.integers(1, 2))
-    kernel = draw(st.tuples(st.integers(1, 3), st.integers(1, 4)))
-    dilation, stride = draw(pair), draw(pair)
-    padding = draw(st.sampled_from(["same", "valid"]) | st.tuples(*[st.integers(0, 2)] * 2))
-    assume(padding != "same" or stride == (1, 1))
-    module = nn.Conv2d(
+    steps = st.tuples(*[st.integers(1, 2)] * rank)
+    kernel = draw(st.tuples(*(st.integers(1, most) for most in (3, 4, 2)[:rank])))
+    dilation, stride = draw(steps), draw(steps)
+    padding = draw(st.sampled_from(["same", "valid"]) | st.tuples(*[st.integers(0, 2)] * rank))
+    assume(padding != "same" or max(stride) == 1)
+    module = cast(Any, CONVOLUTIONS[rank - 1])(
         groups * channels,
         groups * outputs,
         kernel,
@@ -82,10 +89,11 @@ def convolutions(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
         dilation=dilation,
         groups=groups,
         bias=draw(st.booleans()),
-        padding_mode=cast(Any, draw(st.sampled_from(PADS))),
+        padding_mode=draw(st.sampled_from(PADS)),
     )
+    assert kind(module).name == f"conv{rank}d"
     batch = draw(st.sampled_from([(), (1,), (3,)]))
-    return randomised(module), torch.randn(*batch, groups * channels, 11, 13).double()
+    return randomised(module), torch.randn(*batch, groups * channels, *PLACES[:rank]).double()
 
 
 CASES = st.one_of(dense(), convolutions())
@@ -123,7 +131,8 @@ def test_rows_that_are_not_the_sites_own_see_every_group(case: tuple[nn.Module, 
     assert geometry is not None
     rows = torch.randn(3, sizes.fan_in).double()
     found = applied(module, rows, x, whole=False)
-    parts = cast(Tensor, x.unflatten(-3, (sizes.groups, sizes.channels))).unbind(-4)
+    axis = row.feature_axis
+    parts = cast(Tensor, x.unflatten(axis, (sizes.groups, sizes.channels))).unbind(axis - 1)
     alone = type(sizes)(sizes.fan_in, 3, sizes.channels, 1)
     each = [row.apply(rows, part, alone, geometry, True) for part in parts]
     wanted = torch.stack(each, -2) if sizes.groups > 1 else each[0]
@@ -142,7 +151,8 @@ def test_scaling_the_input_is_scaling_the_columns(case: tuple[nn.Module, Tensor]
     columns = vector.repeat_interleave(sizes.fan_in // sizes.channels)
     scaled = applied(module, matrix_of(module) * columns, x)
     torch.testing.assert_close(
-        applied(module, matrix_of(module), row.scale(x, vector, sizes)), scaled
+        applied(module, matrix_of(module), row.scale(x, vector, sizes, row.geometry(module))),
+        scaled,
     )
 
 
@@ -168,6 +178,11 @@ class ReplacesWithin(nn.Conv2d):
         return -super()._conv_forward(*args, **kwargs)
 
 
+class Causal(nn.Conv1d):
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(*args, **kwargs)[..., :-2]
+
+
 class Mounted(Inherits):
     surgery_base = Inherits
 
@@ -183,9 +198,41 @@ class Mounted(Inherits):
         (Replaces(2, 3), None),
         (ReplacesWithin(2, 3, 1), None),
         (nn.LayerNorm(2), None),
-        (nn.Conv1d(2, 3, 1), None),
+        (nn.Conv1d(2, 3, 1), "conv1d"),
+        (nn.Conv3d(2, 3, 1), "conv3d"),
+        (Causal(2, 3, 1), None),
+        (nn.ConvTranspose1d(2, 3, 1), None),
     ],
 )
 def test_a_row_holds_only_for_its_own_forward(module: nn.Module, name: str | None) -> None:
     found = kind_of(module)
     assert (found and found.name) == name
+
+
+READ = re.compile(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape))")
+OWNER = re.compile(r"^class (\w+)", re.MULTILINE)
+
+
+def reads_in_transformers() -> set[tuple[str, str]]:
+    """The owners that read a weight of their child, and the child."""
+    assert transformers.__file__ is not None
+    found: set[tuple[str, str]] = set()
+    for path in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
+        text = path.read_text(encoding="utf-8")
+        module = f"transformers.models.{path.parent.name}.{path.stem}"
+        classes = [(owner.start(), owner[1]) for owner in OWNER.finditer(text)]
+        for read in READ.finditer(text):
+            line = text[text.rfind("\n", 0, read.start()) : read.start()]
+            above = [name for start, name in classes if start < read.start()]
+            # What is gathered to be parametrized is not read in a forward.
+            if above and "GatheredParameters" not in line:
+                found.add((f"{module}.{above[-1]}", read[1]))
+    return found
+
+
+def test_the_owners_that_read_the_weight_of_a_convolution_are_known() -> None:
+    reads = reads_in_transformers()
+    known = {row for row in READ_BY_OWNER if row[0].startswith("transformers.")}
+    assert known
+    assert known <= reads
+    assert {(owner, child) for owner, child in reads if "conv" in child} <= known

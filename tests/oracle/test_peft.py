@@ -88,11 +88,38 @@ def convnet() -> nn.Module:
     return ConvNet().eval()
 
 
+class WaveNet(nn.Module):
+    """Convolutions of one and of three axes, that end in [n, 5]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wave = nn.Conv1d(3, 8, 4, stride=2, padding=3)
+        self.thin = nn.Conv1d(8, 6, 3, padding="same", bias=False)
+        self.split = nn.Conv1d(6, 4, 3, groups=2, dilation=2)
+        self.volume = nn.Conv3d(3, 8, (2, 3, 1), stride=(1, 2, 2), padding=(1, 2, 0))
+        self.dot = nn.Conv3d(8, 6, (1, 1, 2), bias=False)
+        self.apart = nn.Conv3d(6, 4, 2, groups=2, padding=1, padding_mode="circular")
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wave = self.split(torch.relu(self.thin(torch.relu(self.wave(x.flatten(2))))))
+        volume = self.apart(torch.relu(self.dot(torch.relu(self.volume(x)))))
+        return self.head(torch.relu(wave.mean(2)) + torch.relu(volume.mean((2, 3, 4))))
+
+
+def wavenet() -> nn.Module:
+    untyped.manual_seed(3)
+    return WaveNet().eval()
+
+
 def output(model: nn.Module) -> Tensor:
     inner = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     if isinstance(inner, ConvNet):
         generator = torch.Generator().manual_seed(4)
         return cast(Tensor, model(torch.randn(2, 3, 11, 7, generator=generator)))
+    if isinstance(inner, WaveNet):
+        generator = torch.Generator().manual_seed(4)
+        return cast(Tensor, model(torch.randn(2, 3, 2, 7, 5, generator=generator)))
     return cast(Tensor, model(TOKENS).last_hidden_state)
 
 
@@ -154,6 +181,14 @@ CASES = (
         "match /stem|point|head/ apply lora(r=3)",
     ),
     Case(
+        "lora on convolutions of one and three axes",
+        wavenet,
+        lambda: peft.LoraConfig(
+            r=3, lora_dropout=0.3, target_modules=["wave", "thin", "volume", "dot", "head"]
+        ),
+        "match /wave|thin|volume|dot|head/ apply lora(r=3, dropout=0.3)",
+    ),
+    Case(
         "dora",
         llama,
         lambda: peft.LoraConfig(
@@ -174,6 +209,14 @@ CASES = (
         convnet,
         lambda: peft.LoraConfig(r=3, use_dora=True, target_modules=["stem", "point"]),
         "match /stem|point/ apply dora(r=3)",
+    ),
+    Case(
+        "dora on convolutions of one and three axes",
+        wavenet,
+        lambda: peft.LoraConfig(
+            r=3, use_dora=True, lora_dropout=0.3, target_modules=["wave", "thin", "volume", "dot"]
+        ),
+        "match /wave|thin|volume|dot/ apply dora(r=3, dropout=0.3)",
     ),
     Case(
         "ia3",
@@ -200,6 +243,14 @@ CASES = (
             target_modules=["stem", "point", "grouped"], feedforward_modules=["point"]
         ),
         'match /stem|grouped/ apply ia3() match point apply ia3(side="in")',
+    ),
+    Case(
+        "ia3 on convolutions of three axes",
+        wavenet,
+        lambda: peft.IA3Config(
+            target_modules=["volume", "dot", "apart"], feedforward_modules=["dot"]
+        ),
+        'match /volume|apart/ apply ia3() match dot apply ia3(side="in")',
     ),
     Case(
         "vera",
@@ -329,7 +380,13 @@ def test_peft_has_the_keys_and_shapes_that_we_write(case: Case, tmp_path: Path) 
 
 
 # With a shard cut short, peft drops elements of its padding too, and so draws other numbers.
-DROPPING = ("lora", "dora", "miss, whole shards")
+DROPPING = (
+    "lora",
+    "lora on convolutions of one and three axes",
+    "dora",
+    "dora on convolutions of one and three axes",
+    "miss, whole shards",
+)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.name in DROPPING], ids=name_of)
@@ -344,8 +401,10 @@ def test_dropout_in_training_is_pefts(case: Case, tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_gradients_are_pefts(tmp_path: Path) -> None:
-    case = next(c for c in CASES if c.name == "dora on convolutions")
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.name.startswith("dora on convolutions")], ids=name_of
+)
+def test_gradients_are_pefts(case: Case, tmp_path: Path) -> None:
     theirs = saved_by_peft(case, tmp_path)
     for name, parameter in theirs.named_parameters():
         parameter.requires_grad_("lora_" in name)
@@ -441,3 +500,21 @@ def test_lora_of_a_grouped_convolution_is_another_equation(tmp_path: Path) -> No
     torch.testing.assert_close(
         output(surgery.attach(tmp_path / "ours", convnet()).model), output(compiled.model)
     )
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        ("match split apply lora(r=2)", "`split` (conv1d in 2 groups"),
+        ("match apart apply dora(r=2)", "`apart` (conv3d in 2 groups"),
+        ("match wave apply ia3()", "`wave` (conv1d"),
+        ("match dot apply oft(block_size=2)", "`dot` (conv3d"),
+    ],
+)
+def test_convolutions_that_peft_does_not_know_are_said(
+    call: str, reason: str, tmp_path: Path
+) -> None:
+    compiled = surgery.compile(call, wavenet())
+    assert reason in compiled.save(tmp_path).peft
+    attached = surgery.attach(tmp_path, wavenet())
+    torch.testing.assert_close(output(attached.model), output(compiled.model))

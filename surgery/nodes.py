@@ -1,0 +1,256 @@
+"""The pieces of a site graph: a module, a site of it and an equation's tensors, as nodes.
+
+Here the interpreter meets `torch.fx`; `lower` puts the pieces together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_aggregate
+from torch.fx.proxy import GraphAppendingTracer
+
+from surgery.algebra.expr import Expr
+from surgery.algebra.interpret import Domain, Interpreter
+from surgery.model.holder import ADAPTERS, SHARED, link_name
+from surgery.model.layers import InputForm
+from surgery.model.parts import Part, cut
+from surgery.planned import SiteClass
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """What a site's nodes depend on: its class, the adapter's name, the shared parameters.
+
+    banks: for each shared parameter, the holder's name below `SHARED` and its stored shape.
+    follows: whether the module is another one, which shares the site's weight.
+    """
+
+    form: SiteClass
+    adapter: str
+    banks: tuple[tuple[str, str, tuple[int, ...]], ...] = ()
+    follows: bool = False
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Lowering:
+        """Itself, since it is immutable and shared by all sites that are alike."""
+        return self
+
+    @property
+    def holder(self) -> str:
+        """Where the site's parameters are, from its module on."""
+        part = () if self.form.part is None else (self.form.part.name,)
+        start = link_name(self.adapter) if self.follows else f"{ADAPTERS}.{self.adapter}"
+        return ".".join((start, *part))
+
+
+Lowerings = tuple[Lowering, ...]
+"""What the graph of a module depends on: each of its sites, in the order of their rows."""
+
+
+def cast_like(x: Tensor, other: Tensor) -> Tensor:
+    """X in the dtype of another; as it is under autocast, which casts where it must.
+
+    The dtype is read when it runs: the model may have been cast since it was adapted.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(other.dtype)
+
+
+class _Value(fx.Proxy):
+    """A value in the graph.
+
+    Whatever is called with one is a function: a method of it never comes this way. `fx.Proxy` would
+    ask torch, which makes a table of all that can be overridden for the answer.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        orig_method: Callable[..., Any],
+        types: tuple[type, ...],
+        args: tuple[Any, ...] | None = None,
+        kwargs: dict[str, Any] | None = None,
+    ) -> fx.Proxy:
+        del types
+        found: list[fx.Proxy] = []
+        map_aggregate(cast(Any, (args, kwargs)), lambda a: _noted(a, found))
+        return found[0].tracer.create_proxy("call_function", orig_method, args or (), kwargs or {})
+
+
+def _noted(value: Any, found: list[fx.Proxy]) -> Any:
+    if isinstance(value, fx.Proxy):
+        found.append(value)
+    return value
+
+
+class _Tracer(GraphAppendingTracer):
+    """Appends to a graph, in values of the class above."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Value(node, self)
+
+
+class Layer:
+    """A module as nodes of a graph: its input, its attributes, its own forward."""
+
+    def __init__(
+        self, graph: fx.Graph, argument: str | None, renamed: Mapping[str, str] | None = None
+    ) -> None:
+        """Nodes of a graph: `argument` is its input, if any; `renamed` names of attributes."""
+        self.graph = graph
+        self.tracer = _Tracer(graph)
+        self.input = None if argument is None else self.tracer.proxy(graph.placeholder(argument))
+        self.renamed = renamed or {}
+        self._output: Any = None
+
+    def attribute(self, path: str) -> Any:
+        """A node that reads an attribute."""
+        return self.tracer.proxy(self.graph.get_attr(self.renamed.get(path, path)))
+
+    def function(self, target: Callable[..., Any], *args: Any) -> Any:
+        """A node that calls a function which proxies do not see by themselves."""
+        return self.tracer.create_proxy("call_function", target, args, {})
+
+    def base(self, x: Any) -> Any:
+        """The module's own forward."""
+        return self.tracer.create_proxy("call_module", "base", (x,), {})
+
+    @property
+    def output(self) -> Any:
+        """The module's own output for its input as it came, of which several sites are parts."""
+        if self._output is None:
+            self._output = self.base(self.input)
+        return self._output
+
+
+class GraphPort:
+    """What a site offers, as nodes of a graph."""
+
+    def __init__(self, layer: Layer, form: SiteClass) -> None:
+        """A site of a class at a module."""
+        self.form_class = form
+        self.form: InputForm = form.kind.input
+        self.groups = form.sizes.groups
+        self.mixed = form.dtype != form.base_dtype
+        self.layer = layer
+        self.attribute, self.function = layer.attribute, layer.function
+        self.output: Any = None
+        self.anchor: Callable[[], Any] = lambda: None  # some tensor of the parameters' dtype
+        self._cast: dict[Any, Any] = {}
+
+    def base(self, x: Any, changed: bool) -> Any:
+        """The site's own layer."""
+        kind, part = self.form_class.kind, self.form_class.part
+        if changed and self.mixed and self.form != "indices":
+            x = self.function(cast_like, x, self.attribute("weight"))
+        if part is None:
+            self.output = self.layer.base(x)
+            return kind.features_last(self.output)
+        if not changed:
+            self.output = self.layer.output
+            return part.of(kind.features_last(self.output), -1)
+        self.output = self._rows(x, part)
+        return self.output
+
+    def _rows(self, x: Any, part: Part) -> Any:
+        """Some rows of the layer's matrix, and of its bias, on an input that is not its own."""
+        form = self.form_class
+        matrix = part.of(form.kind.to_matrix(self.attribute("weight")))
+        y = form.kind.apply(matrix, x, form.sizes, form.geometry, True)
+        return y + part.of(self.attribute("bias")) if form.has_bias else y
+
+    def apply(self, matrix: Any, x: Any, whole: bool) -> Any:
+        """A whole matrix on the input."""
+        form = self.form_class
+        if self.form != "indices":
+            x = self.features(x)
+        return form.kind.apply(matrix, x, form.sizes, form.geometry, whole)
+
+    def features(self, x: Any) -> Any:
+        """The input in the dtype of the parameters."""
+        if not self.mixed:
+            return x
+        if x not in self._cast:
+            self._cast[x] = self.function(cast_like, x, self.anchor())
+        return self._cast[x]
+
+    def widen(self, y: Any) -> Any:
+        """The layer's output in the dtype of the parameters."""
+        return self.function(cast_like, y, self.anchor()) if self.mixed else y
+
+    def scale_channels(self, x: Any, factors: Any) -> Any:
+        """Patches times a factor a channel."""
+        form = self.form_class
+        assert form.kind.scale is not None
+        return form.kind.scale(self.features(x), factors, form.sizes, form.geometry)
+
+    def training(self) -> Any:
+        """Whether the site is in training mode, read when it runs."""
+        return self.attribute("training")
+
+
+class _Leaves:
+    """The tensors an equation reads, as nodes, each read once."""
+
+    def __init__(self, key: Lowering, port: GraphPort) -> None:
+        self.key = key
+        self.port = port
+        self.banks = {name: (group, shape) for name, group, shape in key.banks}
+        self.read: dict[Expr, Any] = {}
+        self.parameters: dict[str, Any] = {}
+
+    def __call__(self, expr: Expr) -> Tensor:
+        if expr not in self.read:
+            self.read[expr] = self._leaf(expr)
+        return self.read[expr]
+
+    def anchor(self) -> Tensor:
+        """Some tensor of the dtype and device of the parameters."""
+        names = [p.name for p in self.key.form.parameters]
+        if not names:
+            return self._own("weight")
+        return self._parameter(next((n for n in names if n not in self.banks), names[0]))
+
+    def _leaf(self, expr: Expr) -> Any:
+        match expr.op:
+            case "parameter":
+                return self._parameter(expr.text("name"))
+            case "weight":
+                return cut(self.key.form.part, self.key.form.kind.to_matrix(self._own("weight")))
+            case _:
+                return cut(self.key.form.part, self._own(expr.op))
+
+    def _own(self, name: str) -> Any:
+        tensor, form = self.port.attribute(name), self.key.form
+        if not self.port.mixed:
+            return tensor
+        return tensor.to(cast(Any, self.anchor()).dtype if form.parameters else form.dtype)
+
+    def _parameter(self, name: str) -> Any:
+        if name not in self.parameters:
+            self.parameters[name] = self._read(name)
+        return self.parameters[name]
+
+    def _read(self, name: str) -> Any:
+        if name not in self.banks:
+            return self.port.attribute(f"{self.key.holder}.{name}")
+        group, stored = self.banks[name]
+        tensor = self.port.attribute(f"{self.key.holder}.{SHARED}.{group}.{name}")
+        for axis, length in enumerate(self.key.form.shapes[name]):
+            if length != stored[axis]:
+                tensor = tensor.narrow(axis, 0, length)
+        return tensor
+
+
+def at_site(key: Lowering, layer: Layer) -> tuple[Interpreter, GraphPort]:
+    """The interpreter of a site's equation in a graph, and the site."""
+    form = key.form
+    port = GraphPort(layer, form)
+    leaves = _Leaves(key, port)
+    port.anchor = leaves.anchor
+    return Interpreter(Domain(form.names, leaves, leaves.anchor), port, form.has_bias), port
