@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # Layers in transformers whose weight goes to a cache or a kernel: model, owner, child. What only a
-# fused kernel reads is called by the plain code, so that one path alone would miss it.
+# fused kernel reads is called by the plain code, so nothing is seen on that path alone.
 _READ_IN_TRANSFORMERS = (
     ("bailing_hybrid", "BailingHybridDeltaAttention", "conv1d"),
     ("bamba", "BambaMixer", "conv1d"),

@@ -114,15 +114,16 @@ class RolePattern:
     def __init__(self, row: RoleRow, span: Span, inventory: Inventory) -> None:
         """A role as it stands at `span`, in a model."""
         self._told = frozenset[str]() if row.told is None else row.told(inventory)
-        self._takes, self._but = _patterns(row.globs), _patterns(row.but)
+        self._name = row.name
+        self._reach = max((glob.count(".") + 1 for glob in (*row.globs, *row.but)), default=1)
         self.alternatives = ((self, span),)
 
     def matches_tail(self, path: str) -> bool:
         """Whether what has this path plays the role."""
         if self._told:
             return path in self._told
-        taken = any(p.matches_tail(path) for p in self._takes)
-        return taken and not any(p.matches_tail(path) for p in self._but)
+        names = path.rsplit(".", self._reach)[-self._reach :]
+        return _plays(self._name, ".".join(names))
 
 
 Tails = Pattern | RolePattern
@@ -160,6 +161,16 @@ def roles_of(inventory: Inventory, paths: list[str]) -> tuple[str, ...]:
     """The roles that some paths of a model play, in the order of the table."""
     patterns = {name: RolePattern(row, _NOWHERE, inventory) for name, row in ROLES.items()}
     return tuple(n for n, pattern in patterns.items() if any(map(pattern.matches_tail, paths)))
+
+
+@lru_cache(maxsize=4096)
+def _plays(role: str, tail: str) -> bool:
+    """Whether a path that ends in some names plays a role, by the globs of its row.
+
+    The layers of a model end in the same names, so this is asked once for most of them.
+    """
+    takes, but = _patterns(ROLES[role].globs), _patterns(ROLES[role].but)
+    return any(p.matches_tail(tail) for p in takes) and not any(p.matches_tail(tail) for p in but)
 
 
 @lru_cache(maxsize=256)

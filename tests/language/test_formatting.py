@@ -91,7 +91,7 @@ LAYOUTS = {
         "  }\n}\n",
     ),
     "shared and frozen": (
-        "method m() on matrix { shared  frozen A[r] = 0 shared B[r] = 0 shared frozen frozen[r] = 0 }",
+        "method m() on matrix {shared  frozen A[r]=0 shared B[r]=0\nshared frozen frozen[r]=0 }",
         "method m() on matrix {\n  shared frozen A[r] = 0\n  shared B[r] = 0\n"
         "  shared frozen frozen[r] = 0\n}\n",
     ),

@@ -247,3 +247,60 @@ def test_what_each_role_finds_is_as_written() -> None:
         FINDINGS.write_text("\n".join(shown) + "\n", encoding="utf-8")
     else:
         assert shown == wanted
+
+
+# -------------------------------------------------------------------- what a model says of itself
+
+
+class Told(nn.Module):
+    """A model that answers as it is told to; an exception is raised."""
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__()
+        self.first = nn.Embedding(5, 3)
+        self.wte = nn.Embedding(5, 3)
+        self.copy = nn.Embedding(5, 3)
+        self.copy.weight = self.first.weight
+        self.inner = nn.Sequential(nn.Linear(3, 2))
+        self.lm_head = nn.Linear(3, 5)
+        self.answer = answer
+
+    def get_input_embeddings(self) -> object:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return getattr(self, self.answer) if isinstance(self.answer, str) else self.answer
+
+    def get_output_embeddings(self) -> object:
+        return self.get_input_embeddings()
+
+
+@pytest.mark.parametrize(
+    ("answer", "embedding", "head"),
+    [
+        ("first", {"first", "copy"}, {"first"}),
+        ("wte", {"wte"}, {"wte"}),
+        ("inner", {"inner.0"}, {"inner.0"}),
+        (None, {"wte"}, {"lm_head"}),
+        (7, {"wte"}, {"lm_head"}),
+        (NotImplementedError(), {"wte"}, {"lm_head"}),
+        (TypeError("an argument"), {"wte"}, {"lm_head"}),
+    ],
+)
+def test_a_model_is_asked_before_names_are(
+    answer: object, embedding: set[str], head: set[str]
+) -> None:
+    model = Told(answer)
+    assert (matched("embedding", model), matched("head", model)) == (embedding, head)
+    inside = nn.ModuleList([Told(answer), nn.Linear(2, 3)])
+    assert matched("embedding", inside) == {f"0.{path}" for path in embedding}
+
+
+def test_a_model_that_is_adapted_is_asked_as_before() -> None:
+    model = on_meta(t.LlamaForCausalLM, t.LlamaConfig(**DECODER))
+    before = {role: matched(role, model) for role in SELECTORS}
+    surgery.compile("match @mlp | @embedding | @head apply ia3()", model)
+    assert {role: matched(role, model) for role in SELECTORS} == before
+
+
+def test_a_name_of_any_depth_would_need_more_than_the_last_names() -> None:
+    assert not [glob for row in ROLES.values() for glob in (*row.globs, *row.but) if "**" in glob]
