@@ -5,6 +5,13 @@ one equation, from which forward, merge, inverse and checkpoint are derived.
 """
 
 import gc
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from surgery.explanation import explain
+    from surgery.include import load
+    from surgery.verification import Verification, verify
 
 # What an import makes is there to stay, so a collection in the middle of it, over all that torch
 # has made before, would find nothing and take as long as the import itself.
@@ -12,12 +19,9 @@ _collecting = gc.isenabled()
 gc.disable()
 try:
     from surgery.errors import Diagnostic, SurgeryError
-    from surgery.explain import explain
-    from surgery.include import load
     from surgery.language.parse import parse
     from surgery.runtime import Compiled, attach, check, of, plan
     from surgery.runtime import compile_model as compile
-    from surgery.verify import Verification, verify
 finally:
     if _collecting:
         gc.enable()
@@ -39,3 +43,18 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+_LATER = {
+    "explain": "surgery.explanation",
+    "load": "surgery.include",
+    "Verification": "surgery.verification",
+    "verify": "surgery.verification",
+}
+"""What is imported when it is first asked for."""
+
+
+def __getattr__(name: str) -> object:
+    """The public names that take a module of their own."""
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LATER[name]), name)

@@ -39,6 +39,7 @@ __all__ = [
     "Names",
     "Resolved",
     "Values",
+    "adapts_nothing",
     "applied",
     "arguments",
     "findings",
@@ -202,12 +203,13 @@ def _counts(selection: ast.Selection) -> Iterator[ast.Expression]:
 def _no_statement(spec: ast.Spec, report: Report) -> None:
     if any(isinstance(s, ast.Method | ast.Format | ast.Let) for s in spec.statements):
         return  # a file of definitions is complete in itself
-    report.error(
-        "E116",
-        "the spec adapts nothing",
-        spec.span,
-        hint="add a statement: `match SELECTOR apply METHOD(…)`",
-    )
+    report.extend([adapts_nothing(spec)])
+
+
+def adapts_nothing(spec: ast.Spec) -> Diagnostic:
+    """E116, for a spec without a statement that selects something."""
+    hint = "add a statement: `match SELECTOR apply METHOD(…)`"
+    return Diagnostic("E116", "the spec adapts nothing", spec.span, hint=hint)
 
 
 def _adapters(spec: ast.Spec) -> tuple[tuple[str, tuple[ast.Match, ...]], ...]:

@@ -108,8 +108,7 @@ def by_module(plan: Plan, adapter: str) -> list[tuple[nn.Module, Lowerings]]:
     for sites in found.values():
         keys = tuple(_key_of(plan, s, shared) for s in sorted(sites, key=_start))
         modules.append((sites[0].site.module, keys))
-        following = tuple(map(_following, keys))
-        modules += [(module, following) for module in sites[0].site.followers]
+        modules += [(m, tuple(map(_following, keys))) for m in sites[0].site.followers]
     return modules
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from math import prod
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,7 +18,6 @@ from surgery.algebra.derive import Derived
 from surgery.algebra.equations import Parameter
 from surgery.algebra.expr import render
 from surgery.check import Arguments, Resolved
-from surgery.difference import PlanDiff, difference
 from surgery.errors import Diagnostic, Span
 from surgery.language import syntax as ast
 from surgery.model.holder import parameter_name
@@ -25,7 +25,10 @@ from surgery.model.layers import Geometry, LayerKind, Mode, Sizes
 from surgery.model.parts import Part
 from surgery.model.sites import Site
 from surgery.report import aligned, shown, shown_bytes, shown_shape
-from surgery.work import Work, extra_work
+
+if TYPE_CHECKING:
+    from surgery.difference import PlanDiff
+    from surgery.work import Work
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,8 @@ class SiteClass:
     @cached_property
     def work(self) -> Work | None:
         """What a forward takes beyond the base's; None where the equation cannot run there."""
+        from surgery.work import extra_work
+
         return extra_work(self, self.names)
 
     @cached_property
@@ -175,7 +180,8 @@ class Plan:
     @property
     def adapters(self) -> tuple[str, ...]:
         """The adapters by name, in the order of the file; the first is the live one."""
-        return tuple(dict.fromkeys(site.adapter for site in self.sites))
+        named = (name for name, _ in self.resolved.adapters)
+        return tuple(dict.fromkeys([*named, *(site.adapter for site in self.sites)]))
 
     @cached_property
     def groups(self) -> Mapping[tuple[str, str, Arguments, str], str]:
@@ -209,11 +215,15 @@ class Plan:
 
     def work(self, adapter: str) -> Work:
         """What a forward with an adapter takes beyond the base's, if each site sees each token."""
+        from surgery.work import Work
+
         found = (s.form.work for s in self.sites if s.adapter == adapter)
         return sum((work for work in found if work is not None), Work(0, 0))
 
     def diff(self, other: Plan) -> PlanDiff:
         """What another plan does otherwise: sites that one of them lacks, and sites that differ."""
+        from surgery.difference import difference
+
         return difference(self.as_json(), other.as_json())
 
     def _tensors(self) -> Iterator[tuple[int, bool, torch.dtype]]:

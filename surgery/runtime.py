@@ -11,25 +11,21 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery import lower, materialize, mount
-from surgery.check import Resolved, Values, findings, resolve
-from surgery.errors import Diagnostic, Report, SurgeryError, refuse
-from surgery.include import load
+from surgery.check import Resolved, Values, adapts_nothing, findings, resolve
+from surgery.errors import Diagnostic, Report, SurgeryError, error_of, refuse
 from surgery.inverse import (
     Inverse,
     dismount_site,
-    parameters_at,
     remove_site,
-    shared_parameter,
 )
 from surgery.language.library import Library
 from surgery.language.parse import parse
 from surgery.language.syntax import Spec
-from surgery.model.holder import SHARED, holder_of, shared_name
-from surgery.model.hooked import adopt, execution_device
-from surgery.plan import Plan, PlannedSite, SharedParameter, plan_assignments
+from surgery.model.hooked import adopt
+from surgery.plan import Plan, PlannedSite, plan_assignments
 from surgery.plan import plan as make_plan
 from surgery.state import Adapter, State, forget_state, keep_state, require_state, state_of
-from surgery.twin import twin
+from surgery.tensors import add_banks, begin_pending, tensors_of
 
 if TYPE_CHECKING:
     from surgery.artifact import SaveReport
@@ -113,7 +109,7 @@ class Compiled:
         """Begin the parameters that waited on meta for their base's weights to arrive."""
         state = self._state
         for adapter in state.adapters.values():
-            _begin_pending(self.model, adapter)
+            begin_pending(self.model, adapter)
 
     def parameters(self, adapter: str | None = None) -> dict[str, Tensor]:
         """The tensors of an adapter (the live one by default) by their names in the model."""
@@ -176,6 +172,8 @@ def read_spec(spec: SpecLike) -> Spec:
     if isinstance(spec, Spec):
         return spec
     if isinstance(spec, Path) or spec.endswith(".peft"):
+        from surgery.include import load
+
         return load(spec)
     return parse(spec)
 
@@ -221,9 +219,17 @@ def compile_model(
     the storage of every parameter and buffer. Other arguments as for `plan`. A second call adds
     its adapters beside those that are there. Raises SurgeryError.
     """
-    target = model if inplace else twin(model)
+    target = model if inplace else _twin(model)
     made = plan(spec, target, values=values, dtype=dtype)
+    if not made.adapters:
+        raise error_of([adapts_nothing(made.resolved.spec)])
     return _put_on(target, made, seed, {})
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    from surgery.twin import twin
+
+    return twin(model)
 
 
 def _put_on(model: nn.Module, made: Plan, seed: int, given: Mapping[str, Tensor]) -> Compiled:
@@ -238,7 +244,7 @@ def _put_on(model: nn.Module, made: Plan, seed: int, given: Mapping[str, Tensor]
         holders = [mount.add_holder(s.site.module, *s.holders) for s in made.sites]
         adopt(model)  # a hook may now tell where the sites run, and so where tensors belong
         tensors = [materialize.site_tensors(s, seed, _given_at(s, given)) for s in made.sites]
-        banks = _add_banks(model, made, seed, given)
+        banks = add_banks(model, made, seed, given)
         for site, holder, values in zip(made.sites, holders, tensors, strict=True):
             _fill(holder, site, values, banks)
         for parameter in base.values():
@@ -285,43 +291,6 @@ def _fill(
         mount.link_shared(holder, banks[site.adapter])
     for follower in site.site.followers:
         mount.link_follower(follower, site.adapter, holder)
-
-
-def _add_banks(
-    model: nn.Module, made: Plan, seed: int, given: Mapping[str, Tensor]
-) -> dict[str, mount.Holder]:
-    """The shared parameters, on the root; gives the holder of each adapter's."""
-    banks: dict[str, mount.Holder] = {}
-    for shared in made.shared:
-        group = made.groups[shared.key]
-        child = mount.add_holder(model, shared.adapter)
-        bank = mount.holder_at(child, SHARED)
-        banks[shared.adapter] = bank
-        value = given.get(shared_name(shared.adapter, group, shared.parameter.name))
-        _keep_shared(
-            mount.holder_at(bank, group), shared, _shared_device(made, shared), seed, value
-        )
-    return banks
-
-
-def _shared_device(made: Plan, shared: SharedParameter) -> torch.device:
-    module = next(s.site.module for s in made.sites if s.adapter == shared.adapter)
-    return execution_device(module)
-
-
-def _keep_shared(
-    holder: mount.Holder,
-    shared: SharedParameter,
-    device: torch.device,
-    seed: int,
-    value: Tensor | None,
-) -> None:
-    """Let a holder have a shared parameter: a given value, or its beginning."""
-    if value is None:
-        value = materialize.shared_tensor(shared, seed, device)
-    value = materialize.placed(value, device, shared.dtype)
-    parameter = nn.Parameter(value, requires_grad=shared.parameter.trained)
-    holder.register_parameter(shared.parameter.name, parameter)
 
 
 def _register(
@@ -373,7 +342,7 @@ def attach(
     from surgery.digests import check_base
 
     _refuse_merged(state_of(model))
-    target = model if inplace else twin(model)
+    target = model if inplace else _twin(model)
     loaded = load_artifact(Path(directory), target)
     made = plan_assignments(loaded.resolved, target, loaded.assignments, loaded.adapter, dtype)
     lower.check(made)
@@ -392,55 +361,6 @@ def of(model: nn.Module) -> Compiled:
     require_state(model)
     adopt(model)
     return Compiled(model)
-
-
-# ----------------------------------------------------------------------------------- tensors
-
-
-def tensors_of(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
-    """All tensors of an adapter by their names in the model, shared ones once and whole."""
-    found: dict[str, Tensor] = {}
-    for site in adapter.sites:
-        values = parameters_at(model, adapter.plan, site)
-        for p in site.form.parameters:
-            if not p.shared:
-                found[site.adapted(p.name)] = values[p.name].detach()
-    for shared in adapter.plan.shared:
-        if shared.adapter == adapter.name:
-            group = adapter.plan.groups[shared.key]
-            value = shared_parameter(model, adapter.name, group, shared.parameter.name)
-            found[shared_name(adapter.name, group, shared.parameter.name)] = value.detach()
-    return found
-
-
-def _begin_pending(model: nn.Module, adapter: Adapter) -> None:
-    for site in adapter.sites:
-        device = execution_device(site.site.module)
-        if device.type == "meta":
-            continue
-        known = parameters_at(model, adapter.plan, site)
-        ready = {n: t.detach() for n, t in known.items() if not t.is_meta}
-        values = materialize.site_tensors(site, adapter.seed, ready)
-        trained = frozenset(p.name for p in site.form.parameters if p.trained)
-        waiting = {n: v for n, v in values.items() if known[n].device != v.device}
-        mount.add_parameters(
-            mount.add_holder(site.site.module, *site.holders), mount.Tensors(waiting, trained)
-        )
-    for shared in adapter.plan.shared:
-        if shared.adapter == adapter.name:
-            _begin_shared(model, adapter, shared)
-
-
-def _begin_shared(model: nn.Module, adapter: Adapter, shared: SharedParameter) -> None:
-    device = _shared_device(adapter.plan, shared)
-    group = adapter.plan.groups[shared.key]
-    now = shared_parameter(model, adapter.name, group, shared.parameter.name)
-    if device.type == "meta" or now.device == device:
-        return
-    root = holder_of(model)
-    assert root is not None
-    holder = mount.holder_at(root, adapter.name, SHARED, group)
-    _keep_shared(holder, shared, device, adapter.seed, None if now.is_meta else now.detach())
 
 
 __all__ = ["Compiled", "Resolved", "attach", "check", "compile_model", "of", "plan"]

@@ -36,10 +36,10 @@ STAGES = (
     ("digests", "store"),
     ("manifest",),
     ("artifact",),
-    ("twin",),
+    ("twin", "tensors"),
     ("runtime",),
     ("gradients",),
-    ("verify", "explain"),
+    ("verification", "explanation"),
     ("__init__",),
     ("integrations",),
     ("compat",),
@@ -47,9 +47,10 @@ STAGES = (
 )
 """The stages in the order in which a spec flows; what stands together is independent."""
 
-BY_NAME = {"model/hooked.py", "artifact.py", "integrations/transformers.py"}
-"""The modules that import another by its name: an integration, when a model or a folder asks for
-it; and the library or the trusted factory that a caller names as a model."""
+BY_NAME = {"__init__.py", "model/hooked.py", "artifact.py", "integrations/transformers.py"}
+"""The modules that import another by its name: what is public and not needed at first; an
+integration, when a model or a folder asks for it; and the library or the trusted factory that a
+caller names as a model."""
 
 LATE = ("safetensors", "transformers", "accelerate", "typer", "rich", "einops")
 """What `import surgery` must not import: each costs more than the package itself."""

@@ -11,7 +11,7 @@ from torch import nn
 
 import surgery
 from surgery.errors import SurgeryError
-from surgery.explain import DEFAULT_SIZES, explain
+from surgery.explanation import DEFAULT_SIZES, explain
 from surgery.language.library import Library
 from surgery.model.layers import KINDS
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import surgery
 from surgery.cli.commands import app
 from surgery.model.holder import modules_of
-from surgery.verify import Verification
+from surgery.verification import Verification
 
 untyped: Any = torch
 

@@ -226,7 +226,7 @@ def explain(
                 refuse("E121", f"no error has the code `{method}`", hint=_known_codes())
             result.text, result.data = render(found).rstrip("\n"), asdict(found)
             return
-        from surgery.explain import explain as explained
+        from surgery.explanation import explain as explained
 
         file = None if spec is None else read_spec(str(spec))
         told = explained(method, given, fan_in=fan_in, fan_out=fan_out, kind=kind, spec=file)

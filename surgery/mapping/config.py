@@ -56,6 +56,8 @@ def foreign_config(plan: Plan, adapter: str, name: str) -> ForeignConfig | Reaso
     """
     sites = [s for s in plan.sites if s.adapter == adapter]
     methods = tuple(dict.fromkeys(s.form.method.name for s in sites))
+    if not methods:
+        return Reason("the adapter has no site")
     if len(methods) != 1:
         return Reason(f"{name} has one method an adapter, and this has {' and '.join(methods)}")
     if any(site.site.tie == "share" for site in sites):

@@ -24,7 +24,7 @@ _BEFORE = "_before_hook"
 
 
 class Holder(nn.Module):
-    """A module that only holds tensors and children; it has no forward and takes no offloading.
+    """A module that only holds tensors and children; it computes nothing, takes no offloading.
 
     accelerate puts a hook on every module that owns tensors. It sets `_old_forward`, then moves
     the tensors away, then sets `_hf_hook` and `forward`. A holder notes its tensors at the first
@@ -42,6 +42,10 @@ class Holder(nn.Module):
                 pass
             case _:
                 super().__setattr__(name, cast(Tensor, value))
+
+    def forward(self, *args: Any) -> Any:
+        """What came, unchanged: an `nn.Sequential` calls every child that it has."""
+        return args[0] if len(args) == 1 else args
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or cast the tensors; what is on meta stays there until it is begun.

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from surgery.language.syntax import Tie
 from surgery.model.holder import ADAPTERS, children_of, parameters_of
@@ -118,9 +119,10 @@ class Inventory:
         return found
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters of all modules; tied ones as often as they are owned."""
+        """The parameters of all modules; tied ones as often as they are owned, lazy ones never."""
         for entry in self.entries:
-            yield from (p for p in parameters_of(entry.module).values() if p is not None)
+            every = parameters_of(entry.module).values()
+            yield from (p for p in every if p is not None and not is_lazy(p))
 
     def below(self, index: int) -> tuple[int, ...]:
         """The part of the pool at or below an entry."""

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,19 +333,23 @@ def kind_of(module: nn.Module) -> LayerKind | None:
     A row holds for its own class and for any subclass that has replaced none of its `methods`;
     classes that were swapped in by mounting are looked through.
     """
-    cls = base_class(module)
-    for ancestor in cls.__mro__:
-        kind = _BY_CLASS.get(qualified_name(ancestor))
-        if kind is not None:
-            same = all(_attribute(cls, m) is _attribute(ancestor, m) for m in kind.methods)
-            return kind if same else None
-    return None
+    kind, same = _row_of(base_class(module))
+    return kind if same else None
 
 
 def weight_kind_of(module: nn.Module) -> LayerKind | None:
     """The row that knows this module's weight, whatever its forward does with it, or None."""
-    names = map(qualified_name, base_class(module).__mro__)
-    return next((kind for name in names if (kind := _BY_CLASS.get(name)) is not None), None)
+    return _row_of(base_class(module))[0]
+
+
+@lru_cache(maxsize=1024)
+def _row_of(cls: type[nn.Module]) -> tuple[LayerKind | None, bool]:
+    """The row of the nearest ancestor that has one, and whether all its methods are the row's."""
+    for ancestor in cls.__mro__:
+        kind = _BY_CLASS.get(qualified_name(ancestor))
+        if kind is not None:
+            return kind, all(_attribute(cls, m) is _attribute(ancestor, m) for m in kind.methods)
+    return None, False
 
 
 def _attribute(cls: type, name: str) -> object:
@@ -353,7 +359,8 @@ def _attribute(cls: type, name: str) -> object:
 def matrix_like(module: nn.Module) -> bool:
     """Whether a module owns a `weight` that could be seen as a matrix, known to a row or not."""
     weight = module._parameters.get("weight")  # pyright: ignore[reportPrivateUsage]
-    return isinstance(weight, torch.Tensor) and weight.dim() >= 2
+    # A lazy weight has no shape yet; that it cannot be adapted is said where it is selected.
+    return isinstance(weight, torch.Tensor) and (is_lazy(weight) or weight.dim() >= 2)
 
 
 _BY_CLASS = {kind.qualified: kind for kind in KINDS}

@@ -1,0 +1,102 @@
+"""The tensors of an adapter on a model: what sites share, what waits for its base, all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from surgery import materialize, mount
+from surgery.inverse import parameters_at, shared_parameter
+from surgery.model.holder import SHARED, holder_of, shared_name
+from surgery.model.hooked import execution_device
+from surgery.plan import Plan, SharedParameter
+from surgery.state import Adapter
+
+
+def tensors_of(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+    """All tensors of an adapter by their names in the model, shared ones once and whole."""
+    found: dict[str, Tensor] = {}
+    for site in adapter.sites:
+        values = parameters_at(model, adapter.plan, site)
+        for p in site.form.parameters:
+            if not p.shared:
+                found[site.adapted(p.name)] = values[p.name].detach()
+    for shared in adapter.plan.shared:
+        if shared.adapter == adapter.name:
+            group = adapter.plan.groups[shared.key]
+            value = shared_parameter(model, adapter.name, group, shared.parameter.name)
+            found[shared_name(adapter.name, group, shared.parameter.name)] = value.detach()
+    return found
+
+
+def begin_pending(model: nn.Module, adapter: Adapter) -> None:
+    """Begin what waited on meta, where the base's weights have arrived."""
+    for site in adapter.sites:
+        device = execution_device(site.site.module)
+        if device.type == "meta":
+            continue
+        known = parameters_at(model, adapter.plan, site)
+        ready = {n: t.detach() for n, t in known.items() if not t.is_meta}
+        values = materialize.site_tensors(site, adapter.seed, ready)
+        trained = frozenset(p.name for p in site.form.parameters if p.trained)
+        waiting = {n: v for n, v in values.items() if known[n].device != v.device}
+        mount.add_parameters(
+            mount.add_holder(site.site.module, *site.holders), mount.Tensors(waiting, trained)
+        )
+    for shared in adapter.plan.shared:
+        if shared.adapter == adapter.name:
+            _begin_shared(model, adapter, shared)
+
+
+def _begin_shared(model: nn.Module, adapter: Adapter, shared: SharedParameter) -> None:
+    device = _shared_device(adapter.plan, shared)
+    group = adapter.plan.groups[shared.key]
+    now = shared_parameter(model, adapter.name, group, shared.parameter.name)
+    if device.type == "meta" or now.device == device:
+        return
+    root = holder_of(model)
+    assert root is not None
+    holder = mount.holder_at(root, adapter.name, SHARED, group)
+    _keep_shared(holder, shared, device, adapter.seed, None if now.is_meta else now.detach())
+
+
+def add_banks(
+    model: nn.Module, made: Plan, seed: int, given: Mapping[str, Tensor]
+) -> dict[str, mount.Holder]:
+    """The parameters that sites share, on the root; gives the holder of each adapter's.
+
+    given: values to use instead of the beginnings, by their names in the model.
+    """
+    banks: dict[str, mount.Holder] = {}
+    for shared in made.shared:
+        group = made.groups[shared.key]
+        child = mount.add_holder(model, shared.adapter)
+        bank = mount.holder_at(child, SHARED)
+        banks[shared.adapter] = bank
+        value = given.get(shared_name(shared.adapter, group, shared.parameter.name))
+        _keep_shared(
+            mount.holder_at(bank, group), shared, _shared_device(made, shared), seed, value
+        )
+    return banks
+
+
+def _shared_device(made: Plan, shared: SharedParameter) -> torch.device:
+    module = next(s.site.module for s in made.sites if s.adapter == shared.adapter)
+    return execution_device(module)
+
+
+def _keep_shared(
+    holder: mount.Holder,
+    shared: SharedParameter,
+    device: torch.device,
+    seed: int,
+    value: Tensor | None,
+) -> None:
+    """Let a holder have a shared parameter: a given value, or its beginning."""
+    if value is None:
+        value = materialize.shared_tensor(shared, seed, device)
+    value = materialize.placed(value, device, shared.dtype)
+    parameter = nn.Parameter(value, requires_grad=shared.parameter.trained)
+    holder.register_parameter(shared.parameter.name, parameter)
