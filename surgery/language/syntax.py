@@ -5,79 +5,42 @@ Spans are left out of equality, so two texts that mean the same compare and hash
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal, TypeVar, dataclass_transform
+from typing import Literal
 
-from surgery.errors import Span
+from surgery.language.node import Node, node
 
 # ---------------------------------------------------------------------------- expressions
 
 
-_T = TypeVar("_T")
-
-
-@dataclass_transform(frozen_default=True, field_specifiers=(field,))
-def _node(cls: type[_T]) -> type[_T]:
-    """A frozen dataclass that inherits from `Node` what need not be written for each class.
-
-    Writing it for each is a tenth of the time that importing the package takes.
-    """
-    return dataclass(frozen=True, slots=True, eq=False, repr=False)(cls)
-
-
-@_node
-class Node:
-    """The root of all nodes."""
-
-    span: Span = field(kw_only=True)
-
-    def __eq__(self, other: object) -> bool:
-        """Whether both mean the same."""
-        return type(other) is type(self) and _parts(other) == _parts(self)
-
-    def __hash__(self) -> int:
-        """Of what it means."""
-        return hash((type(self), _parts(self)))
-
-    def __repr__(self) -> str:
-        """The form and its parts."""
-        return f"{type(self).__name__}({', '.join(map(repr, _parts(self)))})"
-
-
-def _parts(node: Node) -> tuple[object, ...]:
-    """All that a node means: its fields, but where it was read from."""
-    return tuple(getattr(node, name) for name in node.__match_args__)
-
-
-@_node
+@node
 class Number(Node):
     """`8`, `0.05`, `1e-4`; an int stays an int."""
 
     value: int | float
 
 
-@_node
+@node
 class Text(Node):
     """`"out"`; `value` is without the quotes."""
 
     value: str
 
 
-@_node
+@node
 class Truth(Node):
     """`true` or `false`."""
 
     value: bool
 
 
-@_node
+@node
 class Name(Node):
     """`r`, `W`, `in`."""
 
     id: str
 
 
-@_node
+@node
 class Keyword(Node):
     """`name = value` inside a call."""
 
@@ -85,7 +48,7 @@ class Keyword(Node):
     value: Expression
 
 
-@_node
+@node
 class Call(Node):
     """`f(a, b, name = c)`; `Aᵀ` is `transpose(A)`."""
 
@@ -99,7 +62,7 @@ BinaryOperator = Literal[
 ]
 
 
-@_node
+@node
 class Binary(Node):
     """`left operator right`; comparisons and `and`, `or` included."""
 
@@ -108,7 +71,7 @@ class Binary(Node):
     right: Expression
 
 
-@_node
+@node
 class Unary(Node):
     """`-a` or `not a`."""
 
@@ -116,7 +79,7 @@ class Unary(Node):
     operand: Expression
 
 
-@_node
+@node
 class Conditional(Node):
     """`then if condition else other`."""
 
@@ -125,7 +88,7 @@ class Conditional(Node):
     other: Expression
 
 
-@_node
+@node
 class Slice(Node):
     """`start:stop:step`, each part optional; in tensors and in scopes."""
 
@@ -134,7 +97,7 @@ class Slice(Node):
     step: Expression | None = None
 
 
-@_node
+@node
 class Subscript(Node):
     """`A[:, :in]`: a slice of each axis."""
 
@@ -147,21 +110,21 @@ Expression = Number | Text | Truth | Name | Call | Binary | Unary | Conditional 
 # ------------------------------------------------------------------- selectors and scopes
 
 
-@_node
+@node
 class Regex(Node):
     r"""`/q_proj|v_proj/`; `pattern` is without the slashes, `\/` still escaped."""
 
     pattern: str
 
 
-@_node
+@node
 class Glob(Node):
     """`mlp.*`, `{up,down}_proj`, `q_proj`."""
 
     pattern: str
 
 
-@_node
+@node
 class Role(Node):
     """`@query`: what plays a part, whatever an architecture calls it; `name` is without the `@`."""
 
@@ -171,7 +134,7 @@ class Role(Node):
 Pattern = Regex | Glob | Role
 
 
-@_node
+@node
 class Either(Node):
     """`A | B`."""
 
@@ -179,7 +142,7 @@ class Either(Node):
     right: Selector
 
 
-@_node
+@node
 class Both(Node):
     """`A & B`."""
 
@@ -187,7 +150,7 @@ class Both(Node):
     right: Selector
 
 
-@_node
+@node
 class Complement(Node):
     """`not A`."""
 
@@ -197,12 +160,12 @@ class Complement(Node):
 Selector = Pattern | Either | Both | Complement
 
 
-@_node
+@node
 class Every(Node):
     """`[*]`."""
 
 
-@_node
+@node
 class Indices(Node):
     """`[0, 3, -1]`."""
 
@@ -212,7 +175,7 @@ class Indices(Node):
 Index = Every | Indices | Slice
 
 
-@_node
+@node
 class Step(Node):
     """One `container[index]` of a scope; without an index, the container itself."""
 
@@ -220,7 +183,7 @@ class Step(Node):
     index: Index | None = None
 
 
-@_node
+@node
 class Scope(Node):
     """`encoder.layers[0:3].experts[*]`: each step is looked up below the one before."""
 
@@ -230,7 +193,7 @@ class Scope(Node):
 # ------------------------------------------------------------------------------ statements
 
 
-@_node
+@node
 class Application(Node):
     """`name(r=8)`."""
 
@@ -238,7 +201,7 @@ class Application(Node):
     arguments: tuple[Keyword, ...] = ()
 
 
-@_node
+@node
 class Selection(Node):
     """`optional … S in SCOPE | SCOPE where COND except S … expect N`: which sites.
 
@@ -256,7 +219,7 @@ class Selection(Node):
 Tie = Literal["share", "untie"]
 
 
-@_node
+@node
 class Match(Node):
     """`match SELECTION apply M(args) share`.
 
@@ -272,7 +235,7 @@ class Match(Node):
 ValueType = Literal["int", "float", "text", "bool"]
 
 
-@_node
+@node
 class Param(Node):
     """`param rank: int = 16`: a value the caller may set."""
 
@@ -281,7 +244,7 @@ class Param(Node):
     default: Expression | None = None
 
 
-@_node
+@node
 class Let(Node):
     """`let alpha = 2 * rank`; in a spec and in a method."""
 
@@ -289,14 +252,14 @@ class Let(Node):
     value: Expression
 
 
-@_node
+@node
 class Use(Node):
     """`use "file.peft"`: brings in the methods, formats and lets of another file."""
 
     path: str
 
 
-@_node
+@node
 class Adapter(Node):
     """`adapter code { … }`."""
 
@@ -307,7 +270,7 @@ class Adapter(Node):
 # --------------------------------------------------------------------------------- methods
 
 
-@_node
+@node
 class Argument(Node):
     """One argument of a method's signature; `default` may use the arguments before it."""
 
@@ -316,14 +279,14 @@ class Argument(Node):
     default: Expression | None = None
 
 
-@_node
+@node
 class Draw(Node):
     """`~ kaiming_uniform(a = sqrt(5))`: a random beginning."""
 
     distribution: Call
 
 
-@_node
+@node
 class Declaration(Node):
     """`train A[r, in] ~ …`, `frozen P[n] = …`, `shared A[r, in] ~ …`.
 
@@ -340,7 +303,7 @@ class Declaration(Node):
 Target = Literal["W", "b", "x", "y"]
 
 
-@_node
+@node
 class Equation(Node):
     """`W' = …`."""
 
@@ -348,7 +311,7 @@ class Equation(Node):
     value: Expression
 
 
-@_node
+@node
 class Branch(Node):
     """`if COND { … } else { … }` around declarations and equations."""
 
@@ -360,7 +323,7 @@ class Branch(Node):
 Item = Declaration | Let | Equation | Branch
 
 
-@_node
+@node
 class Method(Node):
     """`method name(r: int = 8) on matrix { … }`."""
 
@@ -373,7 +336,7 @@ class Method(Node):
 # --------------------------------------------------------------------------------- formats
 
 
-@_node
+@node
 class Field(Node):
     """`config dropout_prob on linear, conv2d = dropout else 0`.
 
@@ -389,7 +352,7 @@ class Field(Node):
     kinds: tuple[str, ...] = ()
 
 
-@_node
+@node
 class Tensor(Node):
     """`tensor A on conv2d = "A.weight" as "r (c h w) -> r c h w" if groups == 1`.
 
@@ -405,7 +368,7 @@ class Tensor(Node):
     condition: Expression | None = None
 
 
-@_node
+@node
 class Format(Node):
     """`format NAME METHOD { … }`: how a checkpoint format spells a method."""
 
@@ -418,7 +381,7 @@ class Format(Node):
 Statement = Match | Param | Let | Adapter | Method | Format | Use
 
 
-@_node
+@node
 class Spec(Node):
     """A whole file."""
 
