@@ -83,7 +83,7 @@ def _admit(
         mode = _mode(entry, [index for index, _ in answers], inventory)
         tied = _tied(entry, inventory, tie)
         sites.append(site_at(entry, kind, layer, region.container, part, mode, *tied))
-    if tie is not None and not refused and not any(site.tie for site in sites):
+    if tie is not None and sites and not refused and not any(site.tie for site in sites):
         hint = f"leave `{tie}` out"
         report.error("E216", "nothing that is selected shares its weight", span, hint=hint)
     for (code, reason), entries in refused.items():
@@ -103,7 +103,7 @@ def admit(
 ) -> Site | None:
     """The site of one entry of the pool, or of some rows of it.
 
-    None where E207 to E210 was reported for it, or E306 for rows that it does not have.
+    None where E207 to E209 was reported for it, or E306 for rows that it does not have.
     """
     entry = inventory.entries[index]
     refusal = _refusal(entry, inventory, tie)

@@ -196,6 +196,11 @@ def test_what_contradicts_itself_is_refused(spec: str, code: str) -> None:
     assert everything(model) == before
 
 
+def test_nothing_that_is_optional_contradicts_nothing() -> None:
+    plan = surgery.plan("optional match nothing apply lora() untie", built(llama))
+    assert plan.sites == ()
+
+
 def test_the_base_alone_and_another_adapter_leave_the_other_layer_alone() -> None:
     model = built(llama)
     at_first = outputs(model)
