@@ -254,6 +254,12 @@ MERGE_NOTES = {
 }
 
 
+_TIE_NOTES: Mapping[ast.Tie, str] = {
+    "share": "the layers that share this weight change with it",
+    "untie": "merging gives the site a weight of its own",
+}
+
+
 def _table(plan: Plan) -> str:
     """The table: a row a site, then the equations, then the totals."""
     several = len(plan.adapters) > 1
@@ -297,6 +303,10 @@ def _told(site: PlannedSite) -> Iterator[str]:
     yield f"  {form.derived.merge_class}: {note}"
     if _adds_bias(site):
         yield f"  {form.method.name} adds a bias to layers that have none when it is merged"
+    if form.mode == "value":
+        yield "  W' is built whenever the weight is read, for the forward is not the layer's own"
+    if site.site.tie is not None:
+        yield f"  {_TIE_NOTES[site.site.tie]}"
 
 
 def _adds_bias(site: PlannedSite) -> bool:

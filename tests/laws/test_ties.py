@@ -220,3 +220,11 @@ def test_the_base_alone_and_another_adapter_leave_the_other_layer_alone() -> Non
     assert not torch.equal(first, second)
     compiled.activate("a")
     assert torch.equal(outputs(model), first)
+
+
+def test_the_plan_says_what_becomes_of_the_weight() -> None:
+    model = built(llama)
+    assert "change with it" in str(surgery.plan("match lm_head apply lora() share", model))
+    plan = surgery.plan("match lm_head apply lora() untie", model)
+    assert "weight of its own" in str(plan)
+    assert "is built whenever" not in str(plan)

@@ -125,6 +125,7 @@ def test_the_laws_hold_where_the_weight_is_read(
         "layer.linear2": "value",
         "wave": "value",
     }
+    assert "is built whenever the weight is read" in str(compiled.plan)
     near = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 0.3}[dtype]
     assert (outputs(model) - at_first).abs().max() <= near
     moved(compiled)
