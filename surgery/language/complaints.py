@@ -9,14 +9,10 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import Diagnostic, Source, Span
-from surgery.language.outline import LATER_STATEMENTS, STATEMENTS
+from surgery.language.outline import LATER, STATEMENTS
 
 if TYPE_CHECKING:
     from lark import Lark
-
-# Words that later versions of the language give a meaning; none of them may be a name today.
-LATER = frozenset({"then", *LATER_STATEMENTS})
-RESERVED = frozenset({"share", "untie", "at", "init", "lr", "stack", "parallel", "average", "fuse"})
 
 _TERMINALS = {
     "NAME": "a name",

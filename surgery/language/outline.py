@@ -19,6 +19,10 @@ STATEMENTS = frozenset({"match", "optional", "param", "let", "adapter", "method"
 # one, so they count at the beginning of a line only.
 LATER_STATEMENTS = frozenset({"train", "save", "activate"})
 
+# Words that later versions of the language give a meaning; none of them may be a name today.
+LATER = frozenset({"then", *LATER_STATEMENTS})
+RESERVED = frozenset({"share", "untie", "at", "init", "lr", "stack", "parallel", "average", "fuse"})
+
 # What stands inside an adapter.
 _INSIDE = frozenset({"match", "optional"})
 

@@ -13,8 +13,7 @@ from lark.exceptions import UnexpectedInput
 from surgery.errors import Diagnostic, Report, Source, Span, error_of, refuse
 from surgery.language import syntax as ast
 from surgery.language.build import BUILDERS
-from surgery.language.complaints import LATER, RESERVED, complaint
-from surgery.language.outline import Outline, Piece, outline
+from surgery.language.outline import LATER, RESERVED, Outline, Piece, outline
 from surgery.language.tables import load_parser
 
 MAX_BYTES = 256 * 1024
@@ -171,6 +170,8 @@ def _attempt(
     try:
         tree = _PARSER.parse(source.text[piece.start : piece.end])
     except UnexpectedInput as error:
+        from surgery.language.complaints import complaint
+
         return None, [complaint(error, source, piece.start, whole.unclosed(), _PARSER)]
     parts = list(tree.iter_subtrees())
     found = sorted(_misused(parts, source, piece.start), key=_offset)

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from surgery.errors import Source, Span
 from surgery.language import syntax as ast
-from surgery.language.complaints import LATER, RESERVED
 from surgery.language.formatting import formatted
+from surgery.language.outline import LATER, RESERVED
 from surgery.language.parse import parse, tokens
 from surgery.language.phrases import PHRASES
 from surgery.language.printer import BLOCKS, to_text

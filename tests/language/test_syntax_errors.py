@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from surgery.errors import Diagnostic, SpecSyntaxError
-from surgery.language.complaints import LATER, RESERVED
+from surgery.language.outline import LATER, RESERVED
 from surgery.language.parse import parse
 
 Refused = Callable[[str], tuple[Diagnostic, ...]]
