@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from surgery.algebra.expr import WEIGHT
+from surgery.algebra.expr import BIAS, WEIGHT, depends_on
 from surgery.algebra.interpret import Unlowerable
 from surgery.algebra.rules import is_zero
 from surgery.errors import Report
@@ -56,7 +56,8 @@ def lower_values(keys: Lowerings) -> Mapping[ParameterName, SiteGraph]:
     """
     found: dict[ParameterName, SiteGraph] = {}
     for name in RAW:
-        if any([_changes(key.form, name) for key in keys]):
+        # What layers share is the weight; a bias is each layer's own.
+        if any([_changes(key, name) for key in keys]) and not (name == "bias" and keys[0].follows):
             found[name] = _site_graph(_build_value(keys, name))
     return found
 
@@ -185,11 +186,13 @@ RAW: Mapping[ParameterName, str] = {"weight": "surgery_weight", "bias": "surgery
 """Under which names a module that is reached by its weight has its own parameters."""
 
 
-def _changes(form: SiteClass, name: ParameterName) -> bool:
-    """Whether an adapter changes the weight, or the bias, of a layer; Unlowerable if by neither."""
-    merged = form.derived.merged
+def _changes(key: Lowering, name: ParameterName) -> bool:
+    """Whether an adapter changes a parameter of a layer. Raises `Unlowerable` if there is no W'."""
+    merged = key.form.derived.merged
     if merged is None:
-        raise Unlowerable(form.derived.reason)
+        raise Unlowerable(key.form.derived.reason)
+    if key.follows and depends_on(merged.weight, BIAS):
+        raise Unlowerable("W' is made of b, which the layers that share the weight do not share")
     if name == "weight":
         return merged.weight is not WEIGHT
     return not (merged.bias.op == "bias" or is_zero(merged.bias))

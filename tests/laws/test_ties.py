@@ -228,3 +228,38 @@ def test_the_plan_says_what_becomes_of_the_weight() -> None:
     plan = surgery.plan("match lm_head apply lora() untie", model)
     assert "weight of its own" in str(plan)
     assert "is built whenever" not in str(plan)
+
+
+class Twice(nn.Module):
+    """Two layers with one weight, and a bias each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 5), nn.Linear(5, 5)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+@pytest.mark.parametrize("method", ["ia3()", "lora(r=2)", "dora(r=2)"])
+def test_a_bias_is_each_layers_own(method: str) -> None:
+    untyped.manual_seed(3)
+    model, x = Twice(), torch.randn(7, 5)
+    at_first, bias = model(x).detach(), model.second.bias.detach().clone()
+    compiled = surgery.compile(f"match first apply {method} share", model)
+    moved(compiled)
+    adapted = model(x).detach()
+    assert torch.equal(model.second.bias, bias)
+    compiled.inverse.merge()
+    torch.testing.assert_close(model(x), adapted, rtol=1e-5, atol=1e-5)
+    assert model.first.weight is model.second.weight
+    compiled.inverse.unload()
+    assert torch.equal(model(x), at_first)
+
+
+def test_a_weight_that_is_made_of_a_bias_is_not_shared() -> None:
+    method = "method m() on matrix { train t[out] = 0 W' = (t + b) * rows(W) }"
+    with pytest.raises(surgery.SurgeryError) as caught:
+        surgery.compile(f"{method} match first apply m() share", Twice())
+    assert [d.code for d in caught.value.diagnostics] == ["E305"]
