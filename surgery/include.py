@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from surgery.algebra.mentions import names
 from surgery.errors import Report, Span, SurgeryError
 from surgery.language import syntax as ast
-from surgery.language.parse import MAX_BYTES, parse_bytes, read_bytes
+from surgery.language.parse import MAX_BYTES, nearest_name, parse_bytes, read_bytes
 
 MAX_FILES = 64
 SUFFIX = ".peft"
@@ -171,7 +171,9 @@ class _Reader:
         if self.full or os.path.isfile(real):
             return not self.full
         what = "is no file" if os.path.exists(real) else "does not exist"
-        self.report.error("E501", f"{name} {what}", use.span, hint=_near(real))
+        near = nearest_name(Path(real))
+        hint = f"did you mean `{near}`?" if near else "check the path"
+        self.report.error("E501", f"{name} {what}", use.span, hint=hint)
         return False
 
     def _scope(self, file: _File, used: list[_File]) -> dict[_Key, _File]:
@@ -235,15 +237,6 @@ def _unusable(path: str) -> str:
     if not path.endswith(SUFFIX):
         return f"is no {SUFFIX} file"
     return "has a character that no path has" if "\0" in path else ""
-
-
-def _near(path: str) -> str:
-    from difflib import get_close_matches
-
-    folder, name = os.path.split(path)
-    there = os.listdir(folder) if os.path.isdir(folder) else []
-    near = get_close_matches(name, [n for n in sorted(there) if n.endswith(SUFFIX)], 1)
-    return f"did you mean `{near[0]}`?" if near else "check the path"
 
 
 def _called(key: _Key) -> str:

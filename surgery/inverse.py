@@ -300,6 +300,8 @@ def _merge_site(site: PlannedSite, parameters: Mapping[str, Tensor], undo: Undo)
 def _once(merged: MergedSite, before: Iterable[MergedSite]) -> MergedSite:
     """Without what a site before, which is rows of the same layer, keeps already."""
     module = merged.site.site.module
+    if merged.site.site.part is None:
+        return merged
     known = [m for m in before if m.site.site.module is module]
     return replace(
         merged,

@@ -46,11 +46,17 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def _nearest_file(path: Path) -> str:
+    near = nearest_name(path)
+    return f"did you mean `{path.with_name(near)}`?" if near else "check the path"
+
+
+def nearest_name(path: Path) -> str:
+    """The spec beside a path that cannot be read whose name is the nearest, or ""."""
     try:
-        near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.peft")], 1)
+        beside = [p.name for p in path.parent.glob("*.peft")]
     except (OSError, ValueError):
-        near = []
-    return f"did you mean `{path.with_name(near[0])}`?" if near else "check the path"
+        return ""
+    return next(iter(get_close_matches(path.name, sorted(beside), 1)), "")
 
 
 def parse_bytes(data: bytes, name: str) -> ast.Spec:
