@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from surgery.algebra.axes import symbol
-from surgery.algebra.definitions import check_arguments
+from surgery.algebra.compose import Unchained
+from surgery.algebra.definitions import check_arguments, check_chain
+from surgery.algebra.equations import KINDS
 from surgery.algebra.mentions import names as mentioned
 from surgery.algebra.names import Names
 from surgery.algebra.scalars import Open, Scalars, did_you_mean, typed
@@ -22,6 +24,14 @@ SITE_NAMES = ("layer", "in", "out", "channels")
 Arguments = tuple[tuple[str, object], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A method with its arguments: all that is put on a site, or one of several in a chain."""
+
+    method: ast.Method
+    arguments: Arguments
+
+
 def unknown_method(application: ast.Application, library: Library) -> Diagnostic:
     """What is said of an application whose method there is not (E121)."""
     name = application.method
@@ -32,6 +42,17 @@ def unknown_method(application: ast.Application, library: Library) -> Diagnostic
         did_you_mean(name, library.names()),
         f"there are: {', '.join(library.names())}",
     )
+
+
+def wrong_kind(application: ast.Application, method: ast.Method) -> Iterator[Diagnostic]:
+    """E135 for a method that is on no matrix, which is what `match` selects."""
+    if method.kind not in KINDS:
+        yield Diagnostic(
+            "E135",
+            f"`{method.name}` is on a {method.kind}, and `match` selects matrices",
+            application.span.within(0, len(method.name)),
+            hint="write `train S` for parameters as they lie, `save S` for modules",
+        )
 
 
 def signature_problems(application: ast.Application, method: ast.Method) -> Iterator[Diagnostic]:
@@ -108,6 +129,30 @@ def unfit(
         if (found.code, found.message, found.span) not in seen:
             seen.add((found.code, found.message, found.span))
             yield found
+
+
+def unfit_chain(
+    applications: Sequence[ast.Application], links: Sequence[Link]
+) -> Iterator[Diagnostic]:
+    """E134 for methods, each sound by itself, of which one can never follow those before it."""
+    obstacle = check_chain([(link.method, dict(link.arguments)) for link in links])
+    if obstacle is not None:
+        yield unchained(applications, obstacle)
+
+
+def unchained(
+    applications: Sequence[ast.Application], obstacle: Unchained, place: str = ""
+) -> Diagnostic:
+    """What is said of an application that cannot follow the one before it (E134)."""
+    before, found = applications[obstacle.link - 1], applications[obstacle.link]
+    turned = f"apply {found.method} before {before.method}, or "
+    return Diagnostic(
+        "E134",
+        f"{found.method} cannot follow {before.method}{place}: {obstacle}",
+        found.span,
+        hint=f"{turned if found.method != before.method else ''}leave one of them out",
+        related=(("applied before it", before.span),),
+    )
 
 
 def applied(found: Diagnostic, application: ast.Application) -> Diagnostic:

@@ -19,6 +19,7 @@ from typing import Protocol, TypeVar, cast
 from torch import Tensor, nn
 
 from surgery.algebra.expr import render
+from surgery.arguments import Link
 from surgery.check import DEFAULT_ADAPTER, Resolved, resolve
 from surgery.digests import Digest
 from surgery.errors import Report, refuse
@@ -28,6 +29,7 @@ from surgery.language.parse import parse_bytes
 from surgery.manifest import VERSION, Manifest, manifest_data
 from surgery.mapping import ForeignConfig, Reason, StateDictMapping, mapping_of, peft_config
 from surgery.mapping.keys import ADAPTED, NATIVE
+from surgery.model.parts import WHOLE
 from surgery.plan import Assignment, plan_assignments
 from surgery.planned import Plan, PlannedSite, SiteClass
 from surgery.store import (
@@ -126,7 +128,8 @@ def spec_text(plan: Plan, adapter: str) -> str:
     Params have the values they were compiled with.
     """
     resolved = plan.resolved
-    methods = {s.form.method.name: s.form.method for s in _sites(plan, adapter)}
+    links = [link for s in _sites(plan, adapter) for link in s.form.links]
+    methods = {link.method.name: link.method for link in links}
     parts = ["# The adapter's own methods and formats. Its sites stand in mapping.json."]
     parts += [m.span.text for m in methods.values()]
     parts += [f.span.text for name in methods for f in resolved.library.formats(name)]
@@ -162,7 +165,7 @@ def _literal(value: object) -> str:
 
 
 def _plain(site: PlannedSite) -> bool:
-    return site.site.part is None and _PLAIN_PATH.fullmatch(site.path) is not None
+    return site.site.at == WHOLE and _PLAIN_PATH.fullmatch(site.path) is not None
 
 
 def _explicit(sites: list[PlannedSite]) -> list[str]:
@@ -170,10 +173,13 @@ def _explicit(sites: list[PlannedSite]) -> list[str]:
     if len(sites) > _MOST_STATEMENTS or not all(map(_plain, sites)):
         return []
     return [
-        f"match {site.path} apply {site.form.method.name}"
-        f"({', '.join(f'{n} = {_literal(v)}' for n, v in site.form.arguments)})"
-        for site in sites
+        f"match {site.path} apply {' then '.join(map(_written, site.form.links))}" for site in sites
     ]
+
+
+def _written(link: Link) -> str:
+    given = ", ".join(f"{n} = {_literal(v)}" for n, v in link.arguments)
+    return f"{link.method.name}({given})"
 
 
 def inverse_data(plan: Plan, adapter: str) -> dict[str, object]:
@@ -193,7 +199,7 @@ def _inverse_row(form: SiteClass) -> dict[str, object]:
     derived = form.derived
     weight = derived.inverse.weight
     return {
-        "method": form.method.name,
+        "method": form.named,
         "merge": derived.merge_class,
         "equation": form.equation,
         "inverse": None if weight is None else f"W = {render(weight)}",
@@ -231,7 +237,7 @@ def _load_own(directory: Path, model: nn.Module) -> Loaded:
     resolved = resolve(spec, Library.standard())
     adapter = manifest.adapter
     statements = dict(resolved.adapters).get(DEFAULT_ADAPTER, ())
-    resolved = replace(resolved, adapters=((adapter, statements),))
+    resolved = replace(resolved, adapters=((adapter, statements),), live=None)
     assignments = manifest.assignments(resolved)
     plan = plan_assignments(resolved, model, assignments, adapter)
     mapping = mapping_of(plan)

@@ -19,18 +19,22 @@ from surgery.algebra.ways import each_way
 from surgery.arguments import (
     SITE_NAMES,
     Arguments,
+    Link,
     applied,
     arguments,
     open_value,
     signature_problems,
     site_dependent,
     unfit,
+    unfit_chain,
     unknown_method,
+    wrong_kind,
 )
 from surgery.errors import Diagnostic, Report, Span, SurgeryError, refuse
 from surgery.language import syntax as ast
-from surgery.language.library import Library
+from surgery.language.library import TRAINED, Library, trained
 from surgery.language.patterns import compile_selector
+from surgery.live import NONE, Live, read_live
 
 __all__ = [
     "DEFAULT_ADAPTER",
@@ -61,15 +65,17 @@ Values = Mapping[str, object]
 class Resolved:
     """A spec whose names all mean something.
 
-    adapters: name and statements, in the order of the file; the first is what is live.
+    adapters: name and statements, in the order of the file.
     names: the values of `param`s and `let`s.
+    live: what `activate` says; None where nothing says it, and the first adapter is live.
     """
 
     spec: ast.Spec
     library: Library
     names: Names
-    adapters: tuple[tuple[str, tuple[ast.Match, ...]], ...]
+    adapters: tuple[tuple[str, tuple[ast.Selecting, ...]], ...]
     warnings: tuple[Diagnostic, ...] = ()
+    live: Live | None = None
 
     @property
     def values(self) -> Mapping[str, object]:
@@ -115,13 +121,13 @@ def _resolve(spec: ast.Spec, library: Library, values: Values, report: Report) -
     for pattern in _few(_patterns(spec), report):
         compile_selector(pattern, report)
     _check_wheres(wheres, names, report)
-    _check_names(names, _applications(matches, extended, unsound, report), unsound, report)
+    _check_names(names, _chains(matches, extended, unsound, report), unsound, report)
     here = replace(names, decide=_either)
     for expr in (e for match in matches for e in _counts(match.selection)):
         _try(report, lambda expr=expr: Scalars(here, _either)(expr))
     if not matches:
         _no_statement(spec, report)
-    return Resolved(spec, extended, names, adapters)
+    return Resolved(spec, extended, names, adapters, live=_live(spec, adapters, here, report))
 
 
 def _patterns(spec: ast.Spec) -> Iterator[ast.Regex | ast.Glob]:
@@ -139,39 +145,60 @@ def _check_wheres(wheres: list[ast.Expression], names: Names, report: Report) ->
     each_way(run)
 
 
-def _check_names(
-    names: Names,
-    applications: list[tuple[ast.Application, ast.Method | None]],
-    unsound: set[int],
-    report: Report,
-) -> None:
+_Chain = list[tuple[ast.Application, "ast.Method | None"]]
+"""What a statement applies, in order; None for a method that there is not."""
+
+
+def _check_names(names: Names, chains: list[_Chain], unsound: set[int], report: Report) -> None:
     """Every let and every argument, with the site open and each condition on it both ways.
 
     unsound: the methods and applications that are wrong by themselves, by identity; at no arguments
         are they looked at again.
     """
     open_site = {name: symbol(name) for name in SITE_NAMES}
-    checked: set[tuple[int, Arguments]] = set()
+    checked: dict[tuple[int, Arguments], bool] = {}
+    followed: set[tuple[tuple[int, Arguments], ...]] = set()
 
     def run(decide: Decide) -> None:
         here = replace(names, site=open_site, decide=decide)
         for name in _few(here.lets, report):
             _try(report, lambda name=name: here[name])
-        for application, method in _few(applications, report):
-            if method is None:
-                for keyword in application.arguments:
-                    _try(report, lambda k=keyword: Scalars(here, decide)(k.value))
-                continue
-            given = _try(report, lambda a=application, m=method: arguments(a, m, here))
-            key = (id(method), given or ())
-            wrong = {id(method), id(application)} & unsound
-            if given is None or wrong or key in checked:
-                continue
-            if len(checked) < _MAX_APPLICATIONS:
-                checked.add(key)
-                report.extend(unfit(application, method, given))
+        for chain in _few(chains, report):
+            found = [_checked(a, m, here, unsound, checked, report) for a, m in chain]
+            links = tuple(link for link in found if link is not None)
+            key = tuple((id(link.method), link.arguments) for link in links)
+            if len(chain) == len(links) > 1 and key not in followed:
+                followed.add(key)
+                report.extend(unfit_chain([a for a, _ in chain], links))
 
     each_way(run)
+
+
+def _checked(
+    application: ast.Application,
+    method: ast.Method | None,
+    names: Names,
+    unsound: set[int],
+    checked: dict[tuple[int, Arguments], bool],
+    report: Report,
+) -> Link | None:
+    """An application with its arguments, if all is well with it; what is not is reported.
+
+    checked: what was looked at before, and whether all was well with it.
+    """
+    if method is None:
+        for keyword in application.arguments:
+            _try(report, lambda k=keyword: Scalars(names, names.decide)(k.value))
+        return None
+    given = _try(report, lambda: arguments(application, method, names))
+    if given is None or {id(method), id(application)} & unsound:
+        return None
+    key = (id(method), given)
+    if key not in checked and len(checked) < _MAX_APPLICATIONS:
+        problems = [*unfit(application, method, given)]
+        report.extend(problems)
+        checked[key] = not problems
+    return Link(method, given) if checked.get(key) else None
 
 
 T = TypeVar("T")
@@ -194,10 +221,16 @@ def _counts(selection: ast.Selection) -> Iterator[ast.Expression]:
             case ast.Indices():
                 yield from step.index.values
             case ast.Slice():
-                parts = (step.index.start, step.index.stop, step.index.step)
-                yield from (part for part in parts if part is not None)
+                yield from _bounds(step.index)
             case ast.Every() | None:
                 pass
+    for node in (n for s in (selection.selector, selection.exclude) if s for n in nodes(s)):
+        if isinstance(node, ast.Rows):
+            yield from _bounds(node.rows)
+
+
+def _bounds(node: ast.Slice) -> Iterator[ast.Expression]:
+    return (part for part in (node.start, node.stop, node.step) if part is not None)
 
 
 def _no_statement(spec: ast.Spec, report: Report) -> None:
@@ -212,17 +245,40 @@ def adapts_nothing(spec: ast.Spec) -> Diagnostic:
     return Diagnostic("E116", "the spec adapts nothing", spec.span, hint=hint)
 
 
-def _adapters(spec: ast.Spec) -> tuple[tuple[str, tuple[ast.Match, ...]], ...]:
-    found: dict[str, list[ast.Match]] = {}
+def _adapters(spec: ast.Spec) -> tuple[tuple[str, tuple[ast.Selecting, ...]], ...]:
+    found: dict[str, list[ast.Selecting]] = {}
     for statement in spec.statements:
         match statement:
-            case ast.Match():
+            case ast.Match() | ast.Train():
                 found.setdefault(DEFAULT_ADAPTER, []).append(statement)
             case ast.Adapter():
                 found.setdefault(statement.name, []).extend(statement.body)
             case _:
                 continue
     return tuple((name, tuple(matches)) for name, matches in found.items())
+
+
+def _live(
+    spec: ast.Spec,
+    adapters: tuple[tuple[str, tuple[ast.Selecting, ...]], ...],
+    names: Names,
+    report: Report,
+) -> Live | None:
+    """What the one `activate` of a file says."""
+    statements = _of_type(spec, ast.Activate)
+    if not statements:
+        return None
+    first, *more = statements
+    for other in more:
+        report.error(
+            "E133",
+            "a file says once what is live",
+            other.span,
+            hint="write one sum of adapters, such as `activate 0.7*a + 0.3*b`",
+            related=(("it is said here already", first.span),),
+        )
+    known = [name for name, _ in adapters]
+    return _try(report, lambda: read_live(first.expression, known, names))
 
 
 def _of_type(spec: ast.Spec, cls: type[T]) -> list[T]:
@@ -241,6 +297,10 @@ def _check_uses(spec: ast.Spec, report: Report) -> None:
 
 
 def _check_duplicates(spec: ast.Spec, report: Report) -> None:
+    for adapter in _of_type(spec, ast.Adapter):
+        if adapter.name == NONE:
+            message = f"`{NONE}` means that no adapter is live"
+            report.error("E106", message, adapter.span, hint="use another name")
     seen: dict[tuple[str, str], Span] = {}
     for statement in spec.statements:
         match statement:
@@ -248,6 +308,7 @@ def _check_duplicates(spec: ast.Spec, report: Report) -> None:
                 key = ("name", statement.name)
             case ast.Method():
                 key = ("method", statement.name)
+                _check_own_name(statement, report)
             case _:
                 continue
         if key in seen:
@@ -266,6 +327,14 @@ def _check_duplicates(spec: ast.Spec, report: Report) -> None:
                 statement.span,
                 hint="use another name",
             )
+
+
+def _check_own_name(method: ast.Method, report: Report) -> None:
+    """E106 for a method with the name of what `train` and `save` mean, unless it is that."""
+    if method.name == TRAINED and method != trained():
+        message = f"`{method.name}` is what `train` and `save` put on a parameter"
+        place = method.span.within(0, len("method"))
+        report.error("E106", message, place, hint="use another name")
 
 
 # -------------------------------------------------------------------------------- params
@@ -324,21 +393,22 @@ def parse_value(text: str, param: ast.Param) -> object:
 # -------------------------------------------------------------------------------- arguments
 
 
-def _applications(
-    matches: Iterable[ast.Match], library: Library, unsound: set[int], report: Report
-) -> list[tuple[ast.Application, ast.Method | None]]:
+def _chains(
+    matches: Iterable[ast.Selecting], library: Library, unsound: set[int], report: Report
+) -> list[_Chain]:
     """The applications with their methods; `unsound` gets those with arguments of wrong names."""
-    found: list[tuple[ast.Application, ast.Method | None]] = []
+    found: list[_Chain] = []
     for match in _few(matches, report):
-        application = match.application
-        method = library.method(application.method)
-        found.append((application, method))
-        if method is None:
-            report.extend([unknown_method(application, library)])
-            continue
-        problems = [*signature_problems(application, method)]
-        report.extend(problems)
-        unsound |= {id(application)} if problems else set()
+        if isinstance(match, ast.Train):
+            continue  # it applies the library's own
+        found.append([(a, library.method(a.method)) for a in match.applications])
+        for application, method in found[-1]:
+            if method is None:
+                report.extend([unknown_method(application, library)])
+                continue
+            problems = [*wrong_kind(application, method), *signature_problems(application, method)]
+            report.extend(problems)
+            unsound |= {id(application)} if problems else set()
     return found
 
 

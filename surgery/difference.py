@@ -105,7 +105,7 @@ def _sides(facts: tuple[tuple[str, object, object], ...]) -> dict[str, object]:
 
 # --------------------------------------------------------------------------------- as text
 
-_IN_WORDS = ("method", "arguments", "kind", "in", "out", "parameters", "merge")
+_IN_WORDS = ("method", "arguments", "then", "kind", "in", "out", "parameters", "merge")
 """What is told of a site; the rest follows from these, or is told where these are the same."""
 
 
@@ -132,9 +132,14 @@ _ROOT = "(the model itself)"
 
 
 def _site(site: Data, several: bool) -> str:
-    given = ", ".join(f"{n}={shown(v)}" for n, v in cast(Data, site["arguments"]).items())
+    links = (site, *cast("list[Data]", site.get("then", [])))
     adapter = f"{site['adapter']}: " if several else ""
-    return f"{site['path'] or _ROOT}  {adapter}{site['method']}({given})"
+    return f"{site['path'] or _ROOT}  {adapter}{' then '.join(map(_call, links))}"
+
+
+def _call(link: Data) -> str:
+    given = ", ".join(f"{n}={shown(v)}" for n, v in cast(Data, link["arguments"]).items())
+    return f"{link['method']}({given})"
 
 
 def _fact(name: str, here: object, there: object) -> Iterator[str]:

@@ -15,9 +15,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from surgery.algebra.expr import WEIGHT, depends_on
 from surgery.errors import refuse
-from surgery.model.parts import cut
-from surgery.model.storage import read
+from surgery.model.storage import matrix_of, read
 from surgery.planned import PlannedSite
 from surgery.state import MergedSite, State
 
@@ -63,27 +63,36 @@ def base_digests(state: State, sites: Iterable[PlannedSite]) -> dict[str, Digest
     """The digest of the base's own weight at each site, by path; merged weights are not the base's.
 
     A site is left out where that weight is not there to be read: on meta, or after a merge that
-    did not keep it.
+    did not keep it; and where W' is not made of W, as of a head that is drawn anew at each load.
     """
-    kept = {id(m.site.site.module): m for m in state.merged.values() if m.weight is not None}
-    merged = {id(m.site.site.module) for m in state.merged.values()}
+    kept = {_parameter(m.site): m for m in state.merged.values() if m.weight is not None}
+    merged = {_parameter(m.site) for m in state.merged.values()}
     found: dict[str, Digest] = {}
     for site in sites:
-        module = id(site.site.module)
-        changed = module in merged and state.undo != "exact"
-        weight = None if changed else _base_weight(site, kept.get(module))
+        own = _parameter(site)
+        changed = own in merged and state.undo != "exact"
+        weight = None if changed or not _reads_base(site) else _base_weight(site, kept.get(own))
         if weight is not None:
             found[site.path] = digest(weight)
     return found
 
 
+def _reads_base(site: PlannedSite) -> bool:
+    still = site.form.derived.still
+    return still is None or depends_on(still.weight, WEIGHT)
+
+
+def _parameter(site: PlannedSite) -> tuple[int, str]:
+    return id(site.site.module), site.site.at.parameter
+
+
 def _base_weight(site: PlannedSite, merged: MergedSite | None) -> Tensor | None:
     if merged is None or merged.weight is None:
-        matrix = read(site.site.module, site.form.kind)
+        matrix = read(site.site.module, site.form.kind, site.site.at)
     else:
         stored = merged.weight.tensor()
-        matrix = None if stored is None else site.form.kind.to_matrix(stored)
-    return None if matrix is None or matrix.is_meta else cut(site.site.part, matrix)
+        matrix = None if stored is None else matrix_of(site.form.kind, site.site.at, stored)
+    return None if matrix is None or matrix.is_meta else matrix
 
 
 def check_base(sites: Iterable[PlannedSite], stated: Mapping[str, Digest], where: str) -> None:
@@ -110,10 +119,10 @@ def check_base(sites: Iterable[PlannedSite], stated: Mapping[str, Digest], where
 
 
 def _agrees(site: PlannedSite, stated: Digest) -> bool:
-    matrix = read(site.site.module, site.form.kind)
+    matrix = read(site.site.module, site.form.kind, site.site.at)
     if matrix is None:
         return True
     dtype = cast("torch.dtype", getattr(torch, stated.dtype))
     if dtype != matrix.dtype and not (dtype.is_floating_point and matrix.is_floating_point()):
         return False
-    return digest(cut(site.site.part, matrix), dtype) == stated
+    return digest(matrix, dtype) == stated

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -13,6 +13,7 @@ from surgery.algebra.equations import Equations
 from surgery.algebra.expr import TOKENS, Expr, walk
 from surgery.algebra.rules import is_zero
 from surgery.algebra.shapes import hidden_sizes
+from surgery.arguments import Link
 from surgery.errors import Diagnostic, Span, SurgeryError
 from surgery.language import syntax as ast
 from surgery.model.sites import Site
@@ -20,19 +21,54 @@ from surgery.model.storage import takes_bias
 from surgery.planned import SiteClass
 
 
-def misfits(form: SiteClass, application: ast.Application, site: Site) -> Iterator[Diagnostic]:
-    """The first number that is not what it must be, at this shape of site."""
-    equations = form.derived.equations
+def misfits(
+    form: SiteClass, applications: Sequence[ast.Application], site: Site
+) -> Iterator[Diagnostic]:
+    """The first number that is not what it must be, at this shape of site.
+
+    applications: where each link of the class is applied.
+    """
     still = form.derived.still
-    if still is not None and not (is_zero(still.bias) or takes_bias(site.module)):
+    if still is not None and not (is_zero(still.bias) or takes_bias(site.module, site.at)):
         yield Diagnostic(
             "E307",
-            f"{application.method} gives `{site.path}` a bias, and {form.kind.name} never adds one",
-            application.span,
+            f"{form.named} gives `{site.path}` a bias, and {form.kind.name} never adds one",
+            _whole_of(applications),
             hint="exclude such sites with `except`",
         )
         return
-    for demand in _demands(equations):
+    if form.kind.bare and not site.at.bias and _asks_beyond(form):
+        yield Diagnostic(
+            "E307",
+            f"{form.named} changes what is added to `{site.path}`, and that is not known: "
+            "a parameter by itself has no bias",
+            _whole_of(applications),
+            hint="use a method whose equation is between weights, `W' = …`",
+        )
+        return
+    # What a chain demands is what its links do: each sees a matrix of the same shape.
+    for link, application in zip(form.links, applications, strict=True):
+        found = next(_unmet(form, link, application, site), None)
+        if found is not None:
+            yield found
+            return
+
+
+def _asks_beyond(form: SiteClass) -> bool:
+    """Whether the equation changes more than what W gives: the output, or the bias."""
+    return form.derived.equations.bias is not None or form.derived.equations.output is not None
+
+
+def _whole_of(applications: Sequence[ast.Application]) -> Span:
+    first, last = applications[0].span, applications[-1].span
+    return Span(first.source, first.start, last.end)
+
+
+def _unmet(
+    form: SiteClass, link: Link, application: ast.Application, site: Site
+) -> Iterator[Diagnostic]:
+    """What one method demands of the site and does not find there."""
+    for demand in _demands(_equations(form, link)):
         value = evaluate(demand.value, form.names)
         if demand.met(value):
             continue
@@ -42,10 +78,15 @@ def misfits(form: SiteClass, application: ast.Application, site: Site) -> Iterat
             f"[out={form.sizes.fan_out}, in={form.sizes.fan_in}]: "
             f"{demand.value} = {value:g} is {demand.otherwise}",
             application.span,
-            hint=_nearest_fit(form, demand.value),
+            hint=_nearest_fit(form, link, demand.value),
             related=(("needed here", demand.where),) if demand.where else (),
         )
-        return
+
+
+def _equations(form: SiteClass, link: Link) -> Equations:
+    """The equations of one method at a class of sites. Raises DefinitionError."""
+    sizes = tuple(form.sizes.names.items()) if asks_sizes(link.method) else ()
+    return instantiate(link.method, link.arguments, sizes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,23 +134,27 @@ def _part(value: Size, where: Span | None) -> _Demand:
     return _Demand(value, lambda v: 0 <= v < 1, "no part that can be dropped", where)
 
 
-def _nearest_fit(form: SiteClass, length: Size) -> str:
+def _nearest_fit(form: SiteClass, link: Link, length: Size) -> str:
     """The nearest values of a whole-number argument for which everything is whole."""
-    given = dict(form.arguments)
+    given = dict(link.arguments)
     fits: dict[str, list[int]] = {}
     for name, value in given.items():
         if isinstance(value, bool) or not isinstance(value, int):
             continue
         near = sorted(range(1, min(2 * value + 8, 512)), key=lambda c, v=value: (abs(c - v), c))
-        fits[name] = [*islice((c for c in near if _fits(form, {**given, name: c})), 2)]
+        fits[name] = [*islice((c for c in near if _fits(form, _with(link, name, c))), 2)]
     wanted = [f"{n}={' or '.join(map(str, sorted(v)))}" for n, v in fits.items() if v]
     return f"the nearest that fit: {', '.join(wanted)}" if wanted else f"make {length} whole"
 
 
-def _fits(form: SiteClass, given: Mapping[str, object]) -> bool:
-    sizes = tuple(form.sizes.names.items()) if asks_sizes(form.method) else ()
+def _with(link: Link, name: str, value: object) -> Link:
+    """The method with another value of one argument."""
+    return Link(link.method, tuple({**dict(link.arguments), name: value}.items()))
+
+
+def _fits(form: SiteClass, link: Link) -> bool:
     try:
-        equations = instantiate(form.method, tuple(given.items()), sizes)
+        equations = _equations(form, link)
     except SurgeryError:
         return False
     return all(d.met(evaluate(d.value, form.names)) for d in _demands(equations))

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
 from surgery.algebra.equations import Parameter
 from surgery.algebra.expr import Expr
-from surgery.inverse import shared_parameter
+from surgery.inverse import shared_tensor_of
 from surgery.mount import parameter_of
 from surgery.planned import PlannedSite
 from surgery.runtime import Compiled
@@ -71,7 +71,9 @@ def _unreached(model: nn.Module, adapter: Adapter, run: Outputs) -> Iterator[Wit
     for site in adapter.sites:
         names = [p.name for p in site.form.parameters if p.trained]
         dead = [n for n in names if id(trained[site.path, n]) not in reached]
-        here = failure if id(site.site.module) in called else _NOT_CALLED
+        # A graph calls few modules; what it does not use at all, nothing of it reaches.
+        seen = isinstance(model, fx.GraphModule) or id(site.site.module) in called
+        here = failure if seen else _NOT_CALLED
         reasons = {n: here if n in _used(site) else _NOT_USED for n in dead}
         for reason in dict.fromkeys(reasons.values()):
             some = tuple(n for n in dead if reasons[n] == reason)
@@ -98,8 +100,7 @@ def _calls(modules: Mapping[int, nn.Module]) -> Generator[set[int]]:
 def _tensor(model: nn.Module, adapter: Adapter, site: PlannedSite, p: Parameter) -> Tensor:
     if not p.shared:
         return parameter_of(site.site.module, site.holders, p.name)
-    key = (site.adapter, site.form.method.name, site.form.arguments, p.name)
-    return shared_parameter(model, adapter.name, adapter.plan.groups[key], p.name)
+    return shared_tensor_of(model, adapter.plan, site, p)
 
 
 def _reached(outputs: list[Tensor], trained: list[Tensor]) -> tuple[set[int], str]:

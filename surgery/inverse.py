@@ -13,18 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from surgery.algebra.derive import Merged
+from surgery.algebra.equations import Parameter
 from surgery.algebra.expr import WEIGHT, Expr
 from surgery.algebra.interpret import Domain, Evaluator
 from surgery.algebra.rules import is_zero
 from surgery.errors import Report, refuse
 from surgery.lower import by_module
+from surgery.mixture import MixedSite, owned_parameters
 from surgery.model import storage, ties
 from surgery.model.holder import SHARED, children_of, holder_of, parameters_of
 from surgery.model.hooked import execution_device, release
-from surgery.model.parts import Part, cut
+from surgery.model.inventory import Site
 from surgery.mount import (
     dismount,
-    mount,
+    dismount_all,
+    give_back,
+    mount_all,
     parameter_of,
     remove_parameters,
     set_requires_grad,
@@ -42,7 +46,7 @@ class Inverse:
     model: nn.Module
 
     def merge(self, *, undo: Undo = "exact") -> None:
-        """Put the live adapter into the weights, so that the base's own forward computes it.
+        """Put what is live into the weights, so that the base's own forward computes it.
 
         undo: `exact` keeps the base's tensors, and `unmerge` gives the same ones back; `algebraic`
             keeps at most a vector a site, and `unmerge` recomputes W; `none` keeps nothing.
@@ -50,7 +54,8 @@ class Inverse:
         no merged weight, E404 on meta, E405 where an undo cannot be had.
         """
         state = require_state(self.model)
-        sites = _live_sites(state)
+        # What is made of a bias is made of the trained one, where an adapter has a copy of it.
+        sites = tuple(sorted(state.sites, key=lambda s: not s.site.at.tensor))
         _check_merge(state, sites, undo)
         done: dict[str, MergedSite] = {}
         try:
@@ -66,8 +71,7 @@ class Inverse:
         state.merged, state.is_merged, state.undo = done, True, undo
         if any(site.site.tie == "untie" for site in sites):
             state.untied = ties.untie(self.model)
-        for module, _ in _modules(state):
-            dismount(module)
+        dismount_all(self.model, (module for module, _ in _modules(state)))
 
     def unmerge(self) -> None:
         """Take the adapter out of the weights again; the forward runs it as before.
@@ -84,8 +88,7 @@ class Inverse:
         state.merged, state.is_merged = {}, False
         ties.tie_again(state.untied)
         state.untied = ()
-        for module, keys in _modules(state):
-            mount(module, keys)
+        mount_all(self.model, _modules(state))
 
     def unload(self, *, keep_merge: bool = False) -> nn.Module:
         """Take every adapter off the model, from any state; the base is as it was, to the bit.
@@ -103,6 +106,7 @@ class Inverse:
                 dismount_site(site)
                 remove_site(site)
             remove_parameters(self.model, adapter.name)  # what its sites shared
+        give_back(self.model, keep_merge)
         set_requires_grad(self.model, state.flags)
         release(self.model)
         forget_state(self.model)
@@ -126,31 +130,48 @@ class Inverse:
         done: list[MergedSite] = []
         try:
             for site, weight in solved:
-                kept = storage.detach_parameter(site.site.module, "weight")
+                kept = storage.detach_parameter(site.site.module, site.site.at, "weight")
                 done.append(MergedSite(site, weight=kept))
-                _write_rows(site, weight)
+                _write(site, weight)
         except BaseException:
             for merged in reversed(done):
                 _put_back(merged)
             raise
 
     def _tensors(self, state: State, site: PlannedSite) -> Mapping[str, Tensor]:
-        return parameters_at(self.model, _plan(state, site), site)
+        if not isinstance(site, MixedSite):
+            return parameters_at(self.model, _plan(state, site), site)
+        every = {s.adapter: self._tensors(state, s) for s in site.sources}
+        return {n: every[s.adapter][p.name] for n, s, p in owned_parameters(site)}
 
 
 def parameters_at(model: nn.Module, plan: Plan, site: PlannedSite) -> dict[str, Tensor]:
     """The parameters of a site, shared ones cut to what it uses."""
+    own = {
+        p.name: parameter_of(site.site.module, site.holders, p.name)
+        for p in site.form.parameters
+        if not p.shared
+    }
+    return {**own, **shared_at(model, plan, site)}
+
+
+def shared_at(model: nn.Module, plan: Plan, site: PlannedSite) -> dict[str, Tensor]:
+    """The shared parameters of a site by the names that they have there, cut to what it uses."""
     found: dict[str, Tensor] = {}
     for p in site.form.parameters:
         if not p.shared:
-            found[p.name] = parameter_of(site.site.module, site.holders, p.name)
             continue
-        key = (site.adapter, site.form.method.name, site.form.arguments, p.name)
-        value = shared_parameter(model, site.adapter, plan.groups[key], p.name)
+        value = shared_tensor_of(model, plan, site, p)
         for axis, length in enumerate(site.form.shapes[p.name]):
             value = value.narrow(axis, 0, length)
         found[p.name] = value
     return found
+
+
+def shared_tensor_of(model: nn.Module, plan: Plan, site: PlannedSite, p: Parameter) -> Tensor:
+    """A shared parameter of a site, whole."""
+    key = site.form.bank(site.adapter, p)
+    return shared_parameter(model, site.adapter, plan.groups[key], p.declared_name)
 
 
 def shared_parameter(model: nn.Module, adapter: str, group: str, name: str) -> Tensor:
@@ -176,16 +197,12 @@ def remove_site(site: PlannedSite) -> None:
     """Take an adapter's parameters off a site, and off the layers that share its weight."""
     remove_parameters(site.site.module, site.adapter)
     for follower in site.site.followers:
-        unlink_follower(follower, site.adapter)
+        unlink_follower(follower, site.holders)
 
 
 def _modules(state: State) -> list[tuple[nn.Module, Lowerings]]:
-    """The modules that the live adapter runs at."""
-    return [] if state.live is None else by_module(state.adapters[state.live].plan, state.live)
-
-
-def _live_sites(state: State) -> tuple[PlannedSite, ...]:
-    return () if state.live is None else tuple(state.adapters[state.live].sites)
+    """The modules that what is live runs at."""
+    return by_module(state.sites, state.plans)
 
 
 # ------------------------------------------------------------------------------------ checks
@@ -194,7 +211,7 @@ def _live_sites(state: State) -> tuple[PlannedSite, ...]:
 def _check_merge(state: State, sites: tuple[PlannedSite, ...], undo: Undo) -> None:
     if state.is_merged:
         refuse("E402", f"`{state.live}` is merged already", hint="unmerge() takes it out again")
-    if state.live is None:
+    if not state.live:
         refuse(
             "E410", "no adapter is live, so there is nothing to merge", hint="activate(NAME) first"
         )
@@ -208,7 +225,7 @@ def _check_merge(state: State, sites: tuple[PlannedSite, ...], undo: Undo) -> No
                 site.span,
                 hint="keep such an adapter unmerged; it runs as it is",
             )
-        elif storage.read(site.site.module, site.form.kind) is None:
+        elif storage.read(site.site.module, site.form.kind, site.site.at) is None:
             report.error(
                 "E404",
                 f"the weight of `{site.path}` has no data yet (meta device)",
@@ -239,39 +256,58 @@ def _check_unmerge(state: State) -> None:
 
 
 class _Tensors:
-    """The leaves of a site's equation as float64 tensors."""
+    """The leaves of a site's equation as float64 tensors.
+
+    index: which matrix, where the site is a batch of them.
+    """
 
     def __init__(
         self,
         site: PlannedSite,
         parameters: Mapping[str, Tensor],
         witnesses: Mapping[str, Tensor] | None = None,
+        index: int | None = None,
     ) -> None:
         self.site = site
         self.parameters = parameters
         self.witnesses = witnesses or {}
+        self.index = index
+        self.shared = {p.name for p in site.form.parameters if p.shared}
 
     def evaluate(self, expr: Expr) -> Tensor:
-        """The value of an expression, in float64 and without gradients."""
+        """The value of an expression, in float64 and without gradients; a batch of them stacked."""
+        batch = self.site.site.batch
+        if batch is not None and self.index is None:
+            each = (self._of(index).evaluate(expr) for index in range(batch))
+            return torch.stack([*each])
         with torch.no_grad():
             domain = Domain(self.site.form.names, self._leaf, self._anchor)
             return Evaluator(domain).value(expr)
+
+    def _of(self, index: int) -> _Tensors:
+        return _Tensors(self.site, self.parameters, self.witnesses, index)
 
     def _anchor(self) -> Tensor:
         device = execution_device(self.site.site.module)
         return torch.zeros((), dtype=torch.float64, device=device)
 
     def _leaf(self, expr: Expr) -> Tensor:
-        module, form = self.site.site.module, self.site.form
+        module, form, site = self.site.site.module, self.site.form, self.site.site
+        shared = False
         match expr.op:
             case "parameter":
-                value = self.parameters[expr.text("name")].detach()
+                name = expr.text("name")
+                value, shared = self.parameters[name].detach(), name in self.shared
+                value = form.matrix(name, value)
             case "witness":
                 value = self.witnesses[expr.text("name")]
             case "weight" | "merged":
-                value = _rows(site=self.site, whole=storage.read(module, form.kind))
+                value = storage.read(module, form.kind, site.at)
             case _:
-                value = _rows(site=self.site, whole=storage.read_bias(module))
+                value = storage.read_bias(module, site.at)
+        assert value is not None  # checked before anything was changed
+        if self.index is not None and not shared:
+            value = value[self.index]
         return value.to(self._anchor().device, torch.float64)
 
 
@@ -281,16 +317,16 @@ def _merge_site(site: PlannedSite, parameters: Mapping[str, Tensor], undo: Undo)
     tensors = _Tensors(site, parameters)
     kept = MergedSite(site, witnesses=_witnesses(site, tensors) if undo == "algebraic" else {})
     weight, bias = _values(merged, tensors)
-    module = site.site.module
+    module, at = site.site.module, site.site.at
     if bias is not None:
-        kept = replace(kept, bias=storage.detach_parameter(module, "bias"))
+        kept = replace(kept, bias=storage.detach_parameter(module, at, "bias"))
     if weight is not None:
-        kept = replace(kept, weight=storage.detach_parameter(module, "weight"))
+        kept = replace(kept, weight=storage.detach_parameter(module, at, "weight"))
     try:
         if weight is not None:
-            _write_rows(site, weight)
+            _write(site, weight)
         if bias is not None:
-            _write_bias(site, bias)
+            storage.write_bias(module, site.form.kind, at, bias.to(_dtype(site)))
     except BaseException:
         _put_back(kept)
         raise
@@ -298,11 +334,11 @@ def _merge_site(site: PlannedSite, parameters: Mapping[str, Tensor], undo: Undo)
 
 
 def _once(merged: MergedSite, before: Iterable[MergedSite]) -> MergedSite:
-    """Without what a site before, which is rows of the same layer, keeps already."""
-    module = merged.site.site.module
-    if merged.site.site.part is None:
+    """Without what a site before, which is part of the same parameter, keeps already."""
+    site = merged.site.site
+    if site.part is None and site.at.index is None:
         return merged
-    known = [m for m in before if m.site.site.module is module]
+    known = [m for m in before if _same_parameter(m.site.site, site)]
     return replace(
         merged,
         weight=None if any(m.weight is not None for m in known) else merged.weight,
@@ -310,47 +346,26 @@ def _once(merged: MergedSite, before: Iterable[MergedSite]) -> MergedSite:
     )
 
 
-def _rows(site: PlannedSite, whole: Tensor | None) -> Tensor:
-    assert whole is not None  # checked before anything was changed
-    return cut(site.site.part, whole)
+def _same_parameter(one: Site, other: Site) -> bool:
+    return one.module is other.module and one.at.parameter == other.at.parameter
 
 
-def _write_rows(site: PlannedSite, weight: Tensor) -> None:
-    """The site's weight becomes another, and the rest of the layer's matrix stays."""
-    module, part = site.site.module, site.site.part
-    weight = weight.to(_dtype(site))
-    if part is not None:
-        weight = _replaced(part, storage.read(module, site.form.kind), weight)
-    storage.write(module, site.form.kind, weight)
+def _write(site: PlannedSite, weight: Tensor) -> None:
+    """The site's weight becomes another, and the rest of its parameter stays."""
+    storage.write(site.site.module, site.form.kind, site.site.at, weight.to(_dtype(site)))
     _follow(site)
 
 
 def _follow(site: PlannedSite) -> None:
     """Let the layers that share a site's weight share what it is now."""
+    name = site.site.at.parameter
     for follower in site.site.followers:
-        parameters_of(follower)["weight"] = parameters_of(site.site.module)["weight"]
-
-
-def _write_bias(site: PlannedSite, bias: Tensor) -> None:
-    """The site's bias becomes another; a layer without one gets zeros for the rest."""
-    module, part = site.site.module, site.site.part
-    bias = bias.to(_dtype(site))
-    if part is not None:
-        there = storage.read_bias(module)
-        bias = _replaced(part, bias.new_zeros(part.whole) if there is None else there, bias)
-    storage.write_parameter(module, "bias", bias)
-
-
-def _replaced(part: Part, whole: Tensor | None, rows: Tensor) -> Tensor:
-    assert whole is not None  # checked before anything was changed
-    made = whole.detach().clone()
-    part.of(made).copy_(rows)
-    return made
+        parameters_of(follower)[name] = parameters_of(site.site.module)[name]
 
 
 def _dtype(site: PlannedSite) -> torch.dtype:
     """Of the base as it is now: the model may have been cast since it was adapted."""
-    weight = parameters_of(site.site.module)["weight"]
+    weight = parameters_of(site.site.module)[site.site.at.parameter]
     assert weight is not None
     return weight.dtype
 
@@ -367,9 +382,9 @@ def _witnesses(site: PlannedSite, tensors: _Tensors) -> dict[str, Tensor]:
 
 
 def _put_back(merged: MergedSite) -> None:
-    module = merged.site.site.module
+    module, at = merged.site.site.module, merged.site.site.at
     if merged.weight is not None:
-        storage.put_back(module, "weight", merged.weight)
+        storage.put_back(module, at, "weight", merged.weight)
         _follow(merged.site)
     if merged.bias is not None:
-        storage.put_back(module, "bias", merged.bias)
+        storage.put_back(module, at, "bias", merged.bias)

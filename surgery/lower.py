@@ -6,37 +6,26 @@ is made once for all sites that are alike, and compiled once to straight-line co
 
 from __future__ import annotations
 
-import linecache
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import lru_cache
+from itertools import groupby
 from typing import Any, cast
 
-import torch
 from torch import Tensor, fx, nn
 
+from surgery import values
 from surgery.algebra.expr import BIAS, WEIGHT, depends_on
 from surgery.algebra.interpret import Unlowerable
 from surgery.algebra.rules import is_zero
+from surgery.coding import SiteGraph, code_of
 from surgery.errors import Report
-from surgery.model.layers import LayerKind
-from surgery.model.parts import Part
-from surgery.model.storage import ParameterName
+from surgery.mixture import MixedSite, Plans, owned_parameters
+from surgery.model.parts import ENTRIES
+from surgery.model.storage import Which, name_of
 from surgery.nodes import GraphPort, Layer, Lowering, Lowerings, at_site, cast_like
-from surgery.plan import Plan, PlannedSite, SharedParameter, SiteClass
+from surgery.plan import Plan, PlannedSite
 from surgery.planned import SharedKey
-
-
-@dataclass(frozen=True)
-class SiteGraph:
-    """The graph of a module with its sites, its source, and the function compiled from it.
-
-    run: `run(module, input)`, the forward of a mounted module; for a parameter, `run(module)`.
-    """
-
-    graph: fx.Graph
-    source: str
-    run: Callable[..., Tensor]
 
 
 @lru_cache(maxsize=4096)
@@ -45,72 +34,100 @@ def lower(keys: Lowerings) -> SiteGraph:
 
     A module with one site that is all of it, or with sites that are rows of it and do not overlap.
     """
-    return _site_graph(_build(keys))
+    return code_of(_build(keys))
 
 
 @lru_cache(maxsize=4096)
-def lower_values(keys: Lowerings) -> Mapping[ParameterName, SiteGraph]:
-    """For modules that are reached by their weight: the graph of each parameter that changes.
+def lower_values(keys: Lowerings) -> Mapping[str, SiteGraph]:
+    """For sites that are reached by their value: the graph of each parameter that changes.
 
     Raises `Unlowerable` where there is no weight to be computed.
     """
-    found: dict[ParameterName, SiteGraph] = {}
-    for name in RAW:
-        # What layers share is the weight; a bias is each layer's own.
-        if any([_changes(key, name) for key in keys]) and not (name == "bias" and keys[0].follows):
-            found[name] = _site_graph(_build_value(keys, name))
+    found: dict[str, SiteGraph] = {}
+    copies = {key.form.at.parameter: key for key in keys if key.form.at.tensor}
+    # A bias that is trained and changed besides is what the change makes of the trained one.
+    groups = [tuple(group) for _, group in groupby(keys, key=_parameter)]
+    for own in sorted(groups, key=lambda own: not own[0].form.at.tensor):
+        for which in _WHICH:
+            # What layers share is the weight; a bias is each layer's own.
+            followed = which == "bias" and own[0].follows
+            if any([_changes(key, which) for key in own]) and not followed:
+                name = name_of(own[0].form.at, which)
+                found[name] = code_of(values.build(own, which, copies))
     return found
 
 
-def _site_graph(graph: fx.Graph) -> SiteGraph:
-    code = graph.python_code("self")
-    return SiteGraph(graph, code.src, _compiled(code.src, code.globals))
+_WHICH: tuple[Which, ...] = ("weight", "bias")
+
+
+def _parameter(key: Lowering) -> str:
+    return key.form.at.parameter
 
 
 def graphs(keys: Lowerings) -> Mapping[str, SiteGraph]:
-    """All graphs of a module: `forward`, or those of its parameters."""
-    if keys[0].form.mode == "value":
-        return {**lower_values(keys)}
-    return {"forward": lower(keys)}
+    """All graphs of a module: `forward`, and those of its parameters."""
+    called, computed = by_mode(keys)
+    forward = {"forward": lower(called)} if called else {}
+    return {**forward, **lower_values(computed)}
+
+
+def by_mode(keys: Lowerings) -> tuple[Lowerings, Lowerings]:
+    """The sites that are reached by the module's call, and those that are by their value."""
+    called = tuple(key for key in keys if key.form.mode == "call")
+    return called, tuple(key for key in keys if key.form.mode == "value")
 
 
 def check(plan: Plan) -> None:
     """Lower every class of sites of a plan. Raises PlanError (E305) with all that cannot run."""
+    check_sites(plan.sites, dict.fromkeys(plan.adapters, plan))
+
+
+def check_sites(sites: Iterable[PlannedSite], plans: Plans) -> None:
+    """The same for some sites, whose plans are given by adapter."""
     report = Report()
+    banks = _banks(plans)
     seen: set[int] = set()
-    for site in plan.sites:
+    for site in sites:
         if id(site.form) in seen:
             continue
         seen.add(id(site.form))
         try:
-            key = _key(plan, site)
+            key = _key(site, banks)
             graphs((key,))
             if site.site.followers:
                 graphs((_following(key),))
         except Unlowerable as obstacle:
             report.error(
                 "E305",
-                f"{site.form.method.name} cannot run on `{site.path}` ({site.form.kind.name}): "
-                f"{obstacle}",
+                f"{_named(site)} cannot run on `{site.path}` ({site.form.kind.name}): {obstacle}",
                 site.span,
-                hint="exclude such sites with `except`",
+                hint=_MIXED if isinstance(site, MixedSite) else "exclude such sites with `except`",
             )
     report.stop()
 
 
-def by_module(plan: Plan, adapter: str) -> list[tuple[nn.Module, Lowerings]]:
-    """Every module with sites of an adapter, in order, and what its graph is looked up by."""
-    shared = {s.key: s for s in plan.shared}
-    found: dict[int, list[PlannedSite]] = {}
-    for site in plan.sites:
-        if site.adapter == adapter:
-            found.setdefault(id(site.site.module), []).append(site)
-    modules: list[tuple[nn.Module, Lowerings]] = []
-    for sites in found.values():
-        keys = tuple(_key_of(plan, s, shared) for s in sorted(sites, key=_start))
-        modules.append((sites[0].site.module, keys))
-        modules += [(m, tuple(map(_following, keys))) for m in sites[0].site.followers]
-    return modules
+_MIXED = "activate one adapter alone, or another mix"
+
+
+def _named(site: PlannedSite) -> str:
+    return f"`{site.adapter}`" if isinstance(site, MixedSite) else site.form.named
+
+
+def by_module(sites: Iterable[PlannedSite], plans: Plans) -> list[tuple[nn.Module, Lowerings]]:
+    """Every module with some sites, in order, and what its graph is looked up by.
+
+    plans: by adapter, those that the sites come from.
+    """
+    banks = _banks(plans)
+    sites = tuple(sites)
+    modules = (module for site in sites for module in (site.site.module, *site.site.followers))
+    found = {id(module): (module, list[Lowering]()) for module in modules}
+    for site in sorted(sites, key=_start):  # those of one parameter together, in order
+        key = _key(site, banks)
+        found[id(site.site.module)][1].append(key)
+        for follower in site.site.followers:
+            found[id(follower)][1].append(_following(key))
+    return [(module, tuple(keys)) for module, keys in found.values()]
 
 
 def _following(key: Lowering) -> Lowering:
@@ -118,21 +135,34 @@ def _following(key: Lowering) -> Lowering:
     return replace(key, form=replace(key.form, mode="value"), follows=True)
 
 
-def _start(site: PlannedSite) -> int:
-    return 0 if site.site.part is None else site.site.part.start
+def _start(site: PlannedSite) -> tuple[str, int, int, int]:
+    """Those of one parameter together, whole batches first, then by rows."""
+    at, part = site.site.at, site.site.part
+    period, start = (0, 0) if part is None else (part.period, part.start)
+    return at.parameter, -1 if at.index is None else at.index, period, start
 
 
-def _key(plan: Plan, site: PlannedSite) -> Lowering:
-    return _key_of(plan, site, {s.key: s for s in plan.shared})
+_Banks = Mapping[SharedKey, tuple[str, tuple[int, ...]]]
+"""Where each shared parameter is below `SHARED`, and its stored shape."""
 
 
-def _key_of(plan: Plan, site: PlannedSite, shared: Mapping[SharedKey, SharedParameter]) -> Lowering:
-    form, adapter = site.form, site.adapter
-    keys = {p.name: (adapter, form.method.name, form.arguments, p.name) for p in form.parameters}
-    banks = tuple(
-        (name, plan.groups[key], shared[key].shape) for name, key in keys.items() if key in shared
+def _banks(plans: Plans) -> _Banks:
+    return {
+        s.key: (f"{plan.groups[s.key]}.{s.parameter.name}", s.shape)
+        for plan in {id(plan): plan for plan in plans.values()}.values()
+        for s in plan.shared
+    }
+
+
+def _key(site: PlannedSite, banks: _Banks) -> Lowering:
+    own = tuple(owned_parameters(site))
+    shared = ((n, source.form.bank(source.adapter, p)) for n, source, p in own if p.shared)
+    return Lowering(
+        site.form,
+        "" if isinstance(site, MixedSite) else site.adapter,
+        tuple((name, *banks[key]) for name, key in shared),
+        narrow=tuple(n for n, source, _ in own if source.form.dtype != site.form.dtype),
     )
-    return Lowering(form, adapter, banks)
 
 
 # ------------------------------------------------------------------------------- the graph
@@ -143,7 +173,9 @@ def _build(keys: Lowerings) -> fx.Graph:
     kind = keys[0].form.kind
     layer = Layer(graph, kind.argument)
     found = [(key.form.part, _site_nodes(key, layer)) for key in keys]
-    y = found[0][1] if found[0][0] is None else _joined(found, layer, kind)
+    y = found[0][1]
+    if found[0][0] is not None:
+        y = values.assembled(found, lambda: kind.features_last(layer.output), ENTRIES, layer)
     graph.output(cast(Any, kind.features_back(y)).node)
     graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output"))
     graph.lint()
@@ -156,104 +188,20 @@ def _site_nodes(key: Lowering, layer: Layer) -> Any:
     return _finished(interpreter.run(key.form.derived, cast(Tensor, layer.input)), port)
 
 
-def _joined(found: list[tuple[Part | None, Any]], layer: Layer, kind: LayerKind) -> Any:
-    """The outputs of parts, and between them the layer's own."""
-
-    def own(start: int, length: int) -> Any:
-        return kind.features_last(layer.output).narrow(-1, start, length)
-
-    return layer.function(torch.cat, _filled(found, own), -1)
-
-
-def _filled(found: list[tuple[Part | None, Any]], own: Callable[[int, int], Any]) -> list[Any]:
-    """The values of parts in order, and between them `own(start, length)`."""
-    pieces: list[Any] = []
-    at = whole = 0
-    for part, value in found:
-        assert part is not None  # a whole stands alone
-        if part.start > at:
-            pieces.append(own(at, part.start - at))
-        pieces.append(value)
-        at, whole = part.stop, part.whole
-    if at < whole:
-        pieces.append(own(at, whole - at))
-    return pieces
-
-
-# ------------------------------------------------------------------------------ a parameter
-
-RAW: Mapping[ParameterName, str] = {"weight": "surgery_weight", "bias": "surgery_bias"}
-"""Under which names a module that is reached by its weight has its own parameters."""
-
-
-def _changes(key: Lowering, name: ParameterName) -> bool:
+def _changes(key: Lowering, which: Which) -> bool:
     """Whether an adapter changes a parameter of a layer. Raises `Unlowerable` if there is no W'."""
     merged = key.form.derived.merged
     if merged is None:
         raise Unlowerable(key.form.derived.reason)
     if key.follows and depends_on(merged.weight, BIAS):
         raise Unlowerable("W' is made of b, which the layers that share the weight do not share")
-    if name == "weight":
+    if which == "weight":
         return merged.weight is not WEIGHT
     return not (merged.bias.op == "bias" or is_zero(merged.bias))
-
-
-def _build_value(keys: Lowerings, name: ParameterName) -> fx.Graph:
-    graph = fx.Graph()
-    layer = Layer(graph, None, {**RAW})
-    found = [(key.form.part, _value_nodes(key, layer, name)) for key in keys]
-    value = found[0][1]
-    if found[0][0] is not None:
-        value = layer.function(torch.cat, _filled(found, _own_rows(keys[0].form, layer, name)))
-    if name == "weight":
-        value = keys[0].form.kind.from_matrix(value, layer.attribute(name).shape)
-    graph.output(cast(Any, value).node)
-    graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output"))
-    graph.lint()
-    return graph
-
-
-def _value_nodes(key: Lowering, layer: Layer, name: ParameterName) -> Any:
-    """The rows of a site, in the dtype of the layer's own."""
-    interpreter, port = at_site(key, layer)
-    merged = key.form.derived.merged
-    assert merged is not None  # else it is refused before
-    value: Any = interpreter.value(merged.weight if name == "weight" else merged.bias)
-    return value.to(port.attribute("weight").dtype) if port.mixed else value
-
-
-def _own_rows(form: SiteClass, layer: Layer, name: ParameterName) -> Callable[[int, int], Any]:
-    """What a parameter is where no site changes it; an absent bias is zero."""
-
-    def own(start: int, length: int) -> Any:
-        weight = layer.attribute("weight")
-        if name == "weight":
-            return form.kind.to_matrix(weight).narrow(0, start, length)
-        if form.has_bias:
-            return layer.attribute(name).narrow(0, start, length)
-        return weight.new_zeros(length)
-
-    return own
 
 
 def _finished(y: Any, port: GraphPort) -> Any:
     """The output in the dtype of the site's own."""
     if port.output is not None:
         return y.to(port.output.dtype)
-    return port.function(cast_like, y, port.attribute("weight")) if port.mixed else y
-
-
-# -------------------------------------------------------------------------------- the code
-
-_COUNTER = iter(range(10**9))
-
-
-def _compiled(source: str, names: Mapping[str, Any]) -> Callable[..., Tensor]:
-    """The function `forward` of some source, whose lines a traceback can show."""
-    filename = f"<surgery site {next(_COUNTER)}>"
-    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-    scope: dict[str, Any] = dict(names)
-    # The source is written by torch.fx from a graph that was built here from an equation; no text
-    # of a spec or an artifact is part of it.
-    exec(compile(source, filename, "exec"), scope)
-    return cast(Callable[..., Tensor], scope["forward"])
+    return port.function(cast_like, y, port.own("weight")) if port.mixed else y

@@ -16,19 +16,21 @@ from typing import NoReturn, TypeVar, cast, get_args
 import torch
 
 from surgery import language
-from surgery.check import Arguments, Resolved, typed
+from surgery.algebra.equations import KINDS
+from surgery.arguments import Arguments, Link
+from surgery.check import Resolved, typed
 from surgery.digests import Digest
 from surgery.errors import Report, SurgeryError, refuse
 from surgery.language import syntax as ast
 from surgery.mapping import StateDictMapping
-from surgery.model.parts import Part, overlap
+from surgery.model.parts import WHOLE, ParameterSlice, Part
 from surgery.plan import Assignment
-from surgery.planned import PlannedSite
+from surgery.planned import PlannedSite, links_data
 
 VERSION = 1
 
 PARTS = "parts"
-"""Sites that are rows of a layer; who does not know them would adapt the whole layer."""
+"""Sites that are slices of a parameter; who does not know them would adapt a whole layer."""
 
 BASE_DIGESTS = "base-digests"
 """What the base's weights were."""
@@ -36,7 +38,13 @@ BASE_DIGESTS = "base-digests"
 TIES = "ties"
 """Sites whose weight other layers share, and what becomes of it."""
 
-FEATURES = frozenset({PARTS, TIES, BASE_DIGESTS})
+CHAINS = "chains"
+"""Methods that follow another at a site; who does not know them would put on the first alone."""
+
+COPIES = "copies"
+"""Sites that are parameters as they lie, of which the adapter has copies of its own."""
+
+FEATURES = frozenset({COPIES, PARTS, TIES, CHAINS, BASE_DIGESTS})
 
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -60,8 +68,13 @@ def manifest_data(
     of the base's weights, by the paths of sites.
     """
     sites = tuple(sites)
-    parts = [PARTS] if any(s.site.part is not None for s in sites) else []
-    required = [*parts, *([TIES] if any(s.site.tie is not None for s in sites) else [])]
+    needs = {
+        PARTS: any(s.site.at != WHOLE and not s.site.at.tensor for s in sites),
+        COPIES: any(s.site.at.tensor for s in sites),
+        TIES: any(s.site.tie is not None for s in sites),
+        CHAINS: any(len(s.form.links) > 1 for s in sites),
+    }
+    required = [name for name, needed in needs.items() if needed]
     return {
         "version": VERSION,
         "language": language.VERSION,
@@ -81,16 +94,23 @@ def manifest_data(
 def _site(site: PlannedSite, base: Digest | None) -> dict[str, object]:
     return {
         "path": site.site.owner,
-        **({} if site.site.part is None else {"part": asdict(site.site.part)}),
+        **_slice(site.site.at),
         **({} if site.site.tie is None else {"tie": site.site.tie}),
         "kind": site.form.kind.name,
         "out": site.form.sizes.fan_out,
         "in": site.form.sizes.fan_in,
-        "method": site.form.method.name,
-        "arguments": dict(site.form.arguments),
+        **links_data(site.form.links),
         **({} if base is None else {"base": asdict(base)}),
     }
 
+
+def _slice(at: ParameterSlice) -> dict[str, object]:
+    """Which part of a module a site is; nothing for all of its weight."""
+    stated = asdict(at)
+    return {name: value for name, value in stated.items() if value != _WHOLE[name]}
+
+
+_WHOLE = asdict(WHOLE)
 
 _NEWER = "it was saved by a newer version of surgery; read it with that one"
 
@@ -194,7 +214,7 @@ class Manifest:
         """The sites with their methods and arguments. Raises with all that do not hold together."""
         report = Report()
         made: list[Assignment] = []
-        seen: dict[str, list[Part | None]] = {}
+        seen: dict[str, list[ParameterSlice]] = {}
         for entry in cast("list[object]", self._typed("sites", list)):
             try:
                 one = self._assignment(entry, resolved)
@@ -202,47 +222,72 @@ class Manifest:
                 report.extend(error.diagnostics)
                 continue
             there = seen.setdefault(one.path, [])
-            if any(overlap(one.part, part) for part in there):
+            if any(one.at.meets(at) for at in there):
                 report.error(
                     "E514", f"{self.path}: `{one.path}` stands twice", hint="leave one of them out"
                 )
-            there.append(one.part)
+            there.append(one.at)
             made.append(one)
         report.stop()
         return tuple(made)
 
     def _assignment(self, stated: object, resolved: Resolved) -> Assignment:
         entry = cast("dict[str, object]", stated if isinstance(stated, dict) else {})
-        wanted = {"path": str, "method": str, "arguments": dict}
-        if not all(isinstance(entry.get(n), kind) for n, kind in wanted.items()):
-            self._refuse(f"a site is not described by {', '.join(wanted)}")
-        path, name = str(entry["path"]), str(entry["method"])
+        path, more = entry.get("path"), entry.get("then", [])
+        if not isinstance(path, str) or not isinstance(more, list):
+            self._refuse("a site is not described by path, method and arguments")
+        each = (entry, *cast("list[object]", more))
+        links = tuple(self._link(one, path, resolved) for one in each)
+        at, tie = self._slice(entry), self._tie(entry.get("tie"))
+        if any((link.method.kind in KINDS) is at.tensor for link in links):
+            self._refuse(f"`{path}` has a method that is for another kind of site")
+        return Assignment(path, links, links[0].method.span, at, tie)
+
+    def _link(self, stated: object, path: str, resolved: Resolved) -> Link:
+        entry = cast("dict[str, object]", stated if isinstance(stated, dict) else {})
+        name, given = entry.get("method"), entry.get("arguments")
+        if not isinstance(name, str) or not isinstance(given, dict):
+            self._refuse("a site is not described by path, method and arguments")
         method = resolved.library.method(name)
         if method is None:
             near = get_close_matches(name, resolved.library.names(), 1)
             hint = f"did you mean `{near[0]}`?" if near else ""
             refuse("E514", f"{self.path}: `{path}` has the unknown method `{name}`", hint=hint)
-        given = cast("dict[str, object]", entry["arguments"])
-        part = self._part(entry.get("part"))
-        arguments, tie = self._arguments(method, given), self._tie(entry.get("tie"))
-        return Assignment(path, method, arguments, method.span, part, tie)
+        return Link(method, self._arguments(method, cast("dict[str, object]", given)))
 
     def _tie(self, stated: object) -> ast.Tie | None:
         if stated is not None and stated not in get_args(ast.Tie):
             self._refuse(f"{stated!r} does not say what becomes of a shared weight")
         return cast("ast.Tie | None", stated)
 
+    def _slice(self, entry: Mapping[str, object]) -> ParameterSlice:
+        names = ("parameter", "bias", "index", "tensor")
+        stated = {n: entry.get(n, _WHOLE[n]) for n in names}
+        parameter, bias, index, tensor = stated.values()
+        part = self._part(entry.get("part"))
+        if not (isinstance(parameter, str) and isinstance(bias, str)):
+            self._refuse(f"{stated!r} is no slice of a parameter")
+        if tensor is True and bias == "" and index is None and part is None:
+            return ParameterSlice(parameter, bias, tensor=True)
+        if tensor is not False or not (index is None or (type(index) is int and index >= 0)):
+            self._refuse(f"{stated!r} is no slice of a parameter")
+        return ParameterSlice(parameter, bias, index, part)
+
     def _part(self, stated: object) -> Part | None:
         if stated is None:
             return None
         entry = cast("dict[str, object]", stated if isinstance(stated, dict) else {})
-        name, *rows = (entry.get(n) for n in ("name", "start", "stop", "whole"))
+        once = {"period": entry.get("whole")}  # where they stand together
+        names = ("name", "start", "stop", "whole", "period")
+        name, *rows = (entry.get(n, once.get(n)) for n in names)
         if not (isinstance(name, str) and _IDENTIFIER.fullmatch(name)) or not all(
             type(row) is int for row in rows
         ):
             self._refuse(f"{stated!r} is no part of a layer")
-        start, stop, whole = cast("list[int]", rows)
-        return Part(name, start, stop, whole)
+        part = Part(name, *cast("tuple[int, int, int, int]", rows))
+        if not part.fits:
+            self._refuse(f"{stated!r} is no part of a layer")
+        return part
 
     def _arguments(self, method: ast.Method, given: Mapping[str, object]) -> Arguments:
         names = [a.name for a in method.arguments]

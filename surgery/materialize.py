@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from surgery.algebra.axes import evaluate
 from surgery.algebra.beginnings import draw, stream
+from surgery.algebra.derive import parameters_in
 from surgery.algebra.equations import Parameter, Random
 from surgery.algebra.expr import BIAS, WEIGHT, Expr, depends_on
 from surgery.algebra.interpret import Domain, Evaluator
 from surgery.algebra.rules import constant
+from surgery.model.holder import parameters_of
 from surgery.model.hooked import execution_device
-from surgery.model.parts import cut
-from surgery.model.storage import read, read_bias
+from surgery.model.parts import ParameterSlice
+from surgery.model.storage import laid_out_like, read, read_bias, stored
 from surgery.plan import PlannedSite, SharedParameter, SiteClass
 
 Given = Callable[[Parameter], "Tensor | None"]
@@ -25,27 +29,71 @@ Given = Callable[[Parameter], "Tensor | None"]
 def site_tensors(site: PlannedSite, seed: int, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parameters of one site in their own dtype, on the device where it runs.
 
-    given: values to use instead of the method's own beginning. Where the site is on meta, so is
-    what begins there: *not yet*; a given value stays where it is.
+    given: values to use instead of the method's own beginning, and those of shared parameters, of
+    which a beginning may be made. Where the site is on meta, so is what begins there: *not yet*; a
+    given value stays where it is.
     """
+    batch, path = site.site.batch, site.path
+    if batch is None:
+        return _matrix_tensors(site, site.site.at, path, seed, given)
+    # Each matrix of a batch begins as it would if it were a site by itself.
+    at, shared = site.site.at, {p.name for p in site.form.parameters if p.shared}
+    each = [
+        _matrix_tensors(
+            site,
+            replace(at, index=i),
+            _named(site, i),
+            seed,
+            {n: t if n in shared else t[i] for n, t in given.items()},
+        )
+        for i in range(batch)
+    ]
+    return {name: torch.stack([one[name] for one in each]) for name in each[0]}
+
+
+def _named(site: PlannedSite, index: int) -> str:
+    """The path that one matrix of a batch has."""
+    names = replace(site.site.at, index=index).names
+    return ".".join([*filter(None, [site.site.owner]), *names])
+
+
+def _matrix_tensors(
+    site: PlannedSite, at: ParameterSlice, path: str, seed: int, given: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     form, module = site.form, site.site.module
     device = execution_device(module)
     made: dict[str, Tensor] = {}
-    domain = Domain(form.names, _Leaves(site, made), lambda: torch.zeros((), dtype=torch.float64))
+    shared = {p.name: given[p.name] for p in form.parameters if p.shared and p.name in given}
+    known = ChainMap(made, shared)
+    leaves = _Leaves(site, at, known)
+    domain = Domain(form.names, leaves, lambda: torch.zeros((), dtype=torch.float64))
     for p in form.parameters:
         if p.shared:
             continue
         if p.name in given:
             value = given[p.name]
+            if p.name in form.lying:  # in the base's strides, so that the same kernels run
+                value = laid_out_like(value, parameters_of(module)[at.parameter])
+        elif _waits(p, known):
+            value = torch.empty(_shape(p, form), device="meta")
+        elif p.name in form.lying and p.beginning is WEIGHT and device.type != "meta":
+            value = _copied(module, at, form.dtype)
         else:
-            value = _begin(p, form, device, (seed, site.adapter, site.path), Evaluator(domain))
+            value = _begin(p, form, device, (seed, site.adapter, path), Evaluator(domain))
         made[p.name] = placed(value, device, form.dtype)
     return made
 
 
+def _waits(p: Parameter, known: Mapping[str, Tensor]) -> bool:
+    """Whether it begins with what is not there yet."""
+    read = parameters_in(p.beginning) if isinstance(p.beginning, Expr) else ()
+    return any(name not in known or known[name].is_meta for name in read)
+
+
 def placed(value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """A value where it belongs; where that is not known yet (meta), it stays where it is."""
-    return value.to(dtype=dtype) if device.type == "meta" else value.to(device, dtype)
+    unknown = value.is_meta or device.type == "meta"
+    return value.to(dtype=dtype) if unknown else value.to(device, dtype)
 
 
 def shared_tensor(shared: SharedParameter, seed: int, device: torch.device) -> Tensor:
@@ -67,7 +115,7 @@ def _begin(
     names: tuple[str | int, ...],
     values: Evaluator,
 ) -> Tensor:
-    shape = form.shapes[p.name]
+    shape = _shape(p, form)
     if device.type == "meta":
         return torch.empty(shape, dtype=form.dtype, device=device)
     if isinstance(p.beginning, Random):
@@ -77,7 +125,19 @@ def _begin(
         return torch.full(shape, value, dtype=form.dtype, device=device)
     with torch.no_grad():
         value = values.value(p.beginning)
-        return value.expand(shape) if value.dim() == 0 else value
+        return value.expand(shape) if value.dim() == 0 else value.reshape(shape)
+
+
+def _shape(p: Parameter, form: SiteClass) -> tuple[int, ...]:
+    """Of a parameter as it lies, of one matrix where the site is a batch of them."""
+    return form.stored[p.name] if p.name in form.lying else form.shapes[p.name]
+
+
+def _copied(module: nn.Module, at: ParameterSlice, dtype: torch.dtype) -> Tensor:
+    """A copy of the base's parameter, with its strides; for which no arithmetic is needed."""
+    own = stored(module, at)
+    assert own is not None  # on meta nothing is begun
+    return own.to(dtype, copy=True)
 
 
 def _drawn(
@@ -91,26 +151,29 @@ def _drawn(
 class _Leaves:
     """What a beginning may read: W and b as they lie, and the parameters before it; in float64."""
 
-    def __init__(self, site: PlannedSite, made: Mapping[str, Tensor]) -> None:
+    def __init__(self, site: PlannedSite, at: ParameterSlice, made: Mapping[str, Tensor]) -> None:
         self.site = site
+        self.at = at
         self.made = made
 
     def __call__(self, expr: Expr) -> Tensor:
         module = self.site.site.module
         match expr.op:
             case "parameter":
-                return self.made[expr.text("name")].double()
+                name = expr.text("name")
+                return self.site.form.matrix(name, self.made[name]).double()
             case "weight":
-                return cut(self.site.site.part, _double(read(module, self.site.form.kind)))
+                return _double(read(module, self.site.form.kind, self.at))
             case _:
-                bias = read_bias(module)
+                bias = read_bias(module, self.at)
                 absent = torch.zeros(self.site.form.sizes.fan_out, dtype=torch.float64)
-                return absent if bias is None else cut(self.site.site.part, _double(bias))
+                return absent if bias is None else _double(bias)
 
 
 def _double(tensor: Tensor | None) -> Tensor:
     assert tensor is not None  # on meta nothing is begun
-    return tensor.detach().double()
+    # A copy in any case: what begins as W is trained, and must not be the base's own.
+    return tensor.detach().to(torch.float64, copy=True)
 
 
 def reads_base(p: Parameter) -> bool:

@@ -6,14 +6,17 @@ the adapter's parameters live in a child of the site. Nothing else of the module
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
+from threading import local
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, fx, nn
 
-from surgery.lower import RAW, Lowerings, lower, lower_values
+from surgery.lower import Lowerings, by_mode, lower, lower_values
 from surgery.model.holder import (
     ADAPTERS,
     SHARED,
@@ -26,6 +29,7 @@ from surgery.model.holder import (
 )
 from surgery.model.hooked import swap_class
 from surgery.model.layers import base_class
+from surgery.values import raw
 
 # Classes are kept per base class, so that Dynamo sees one type for all sites that are alike.
 _MOUNTED: WeakKeyDictionary[type[nn.Module], dict[Lowerings, type[nn.Module]]] = WeakKeyDictionary()
@@ -45,7 +49,7 @@ def _make_class(base: type[nn.Module], key: Lowerings) -> type[nn.Module]:
         return _rebuild, (base, key), self.__getstate__()
 
     members = {
-        **(_values(key) if key[0].form.mode == "value" else _call(base, key)),
+        **_members(base, key),
         "surgery_base": base,
         "surgery_key": key,
         "__reduce_ex__": reduce,
@@ -55,6 +59,14 @@ def _make_class(base: type[nn.Module], key: Lowerings) -> type[nn.Module]:
         "__doc__": base.__doc__,
     }
     return type(base.__name__, (base,), members)
+
+
+def _members(base: type[nn.Module], key: Lowerings) -> Mapping[str, object]:
+    called, computed = by_mode(key)
+    if not computed:
+        return _call(base, called)
+    forward = _call(base, called) if called else {"forward": remembering(cast(Any, base.forward))}
+    return {**_values(computed), **forward}
 
 
 def _call(base: type[nn.Module], key: Lowerings) -> Mapping[str, object]:
@@ -69,27 +81,79 @@ def _call(base: type[nn.Module], key: Lowerings) -> Mapping[str, object]:
 
 def _values(key: Lowerings) -> Mapping[str, object]:
     """Parameters that are graphs, so that the base's own forward, or its owner's, reads them."""
-    computed = {name: property(_guarded(g.run)) for name, g in lower_values(key).items()}
-    return {**computed, **{raw: property(_raw(name)) for name, raw in RAW.items()}}
+    graphs = lower_values(key)
+    computed = {
+        name: property(remembered(name, _guarded(name, g.run))) for name, g in graphs.items()
+    }
+    own = {name for k in key for name in (k.form.at.parameter, k.form.at.bias)}
+    return {**computed, **{raw(name): property(_own(name)) for name in own}}
 
 
-def _raw(name: str) -> Callable[[nn.Module], Tensor | None]:
+def _own(name: str) -> Callable[[nn.Module], Tensor | None]:
     def read(self: nn.Module) -> Tensor | None:
-        return parameters_of(self)[name]
+        return parameters_of(self).get(name)
 
     return read
 
 
-def _guarded(run: Callable[..., Tensor]) -> Callable[[nn.Module], Tensor]:
-    """The same, with an error that no module takes for an attribute that it should look up."""
+def _guarded(name: str, run: Callable[..., Tensor]) -> Callable[[nn.Module], Tensor]:
+    """The same, with an error that no module takes for an attribute that it should look up.
+
+    What has no data is not computed: a hook that is about to bring it asks for its dtype and shape.
+    """
 
     def read(self: nn.Module) -> Tensor:
+        own = parameters_of(self).get(name)
+        if own is not None and own.is_meta:
+            return own
         try:
             return run(self)
         except AttributeError as error:
             raise RuntimeError(f"a parameter of an adapter is missing: {error}") from error
 
     return read
+
+
+# A forward may read a parameter many times, each expert's matrix by itself, and W' is made once.
+
+_REMEMBERED = local()
+
+
+def remembering(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward within which each parameter that is a graph is computed once."""
+
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # which finds by itself what is computed twice
+            return forward(self, *args, **kwargs)
+        every = vars(_REMEMBERED)
+        before = every.get(str(id(self)))
+        every[str(id(self))] = {}
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            if before is None:
+                del every[str(id(self))]
+            else:
+                every[str(id(self))] = before
+
+    return wraps(forward)(run)
+
+
+def remembered(name: str, read: Callable[[nn.Module], Tensor]) -> Callable[[nn.Module], Tensor]:
+    """A parameter that is a graph, computed once within the module's own forward."""
+
+    def get(self: nn.Module) -> Tensor:
+        known = None
+        if not torch.compiler.is_compiling():
+            known = cast("dict[object, Tensor] | None", vars(_REMEMBERED).get(str(id(self))))
+        if known is None:
+            return read(self)
+        key = name, torch.is_grad_enabled()  # what was computed without gradients has none
+        if key not in known:
+            known[key] = read(self)
+        return known[key]
+
+    return get
 
 
 def _rebuild(base: type[nn.Module], key: Lowerings) -> nn.Module:
@@ -100,6 +164,34 @@ def _rebuild(base: type[nn.Module], key: Lowerings) -> nn.Module:
 def mount(module: nn.Module, key: Lowerings) -> None:
     """Let a module run a site graph; its parameters must be in place."""
     swap_class(module, mounted_class(base_class(module), key))
+
+
+def mount_all(model: nn.Module, modules: Sequence[tuple[nn.Module, Lowerings]]) -> None:
+    """Let a model run the graphs of some of its modules; in its own graph, where it is one."""
+    if isinstance(model, fx.GraphModule):
+        from surgery.whole import run_with
+
+        modules = run_with(model, modules)
+    for module, keys in modules:
+        mount(module, keys)
+
+
+def dismount_all(model: nn.Module, modules: Iterable[nn.Module]) -> None:
+    """Undo `mount_all` for all that is mounted; adapters stay in place."""
+    for module in modules:
+        dismount(module)
+    if isinstance(model, fx.GraphModule):
+        from surgery.whole import run_base
+
+        run_base(model)
+
+
+def give_back(model: nn.Module, keep: bool = False) -> None:
+    """Let a model that has no adapter any more be what it was; `keep` what was merged."""
+    if isinstance(model, fx.GraphModule):
+        from surgery.whole import give_back
+
+        give_back(model, keep)
 
 
 def dismount(module: nn.Module) -> None:
@@ -151,14 +243,17 @@ def holder_at(holder: nn.Module, *names: str) -> Holder:
     return cast(Holder, holder)
 
 
-def link_follower(follower: nn.Module, adapter: str, holder: Holder) -> None:
-    """Let a layer that shares an adapted weight reach the adapter, without owning it."""
-    vars(follower)[link_name(adapter)] = holder
+def link_follower(follower: nn.Module, holders: Sequence[str], holder: Holder) -> None:
+    """Let a layer that shares an adapted weight reach the adapter, without owning it.
+
+    holders: the names of the holder from the site's module on.
+    """
+    vars(follower)[link_name(*holders)] = holder
 
 
-def unlink_follower(follower: nn.Module, adapter: str) -> None:
+def unlink_follower(follower: nn.Module, holders: Sequence[str]) -> None:
     """Take back what `link_follower` did, if it was done."""
-    vars(follower).pop(link_name(adapter), None)
+    vars(follower).pop(link_name(*holders), None)
 
 
 def link_shared(child: Holder, bank: Holder) -> None:

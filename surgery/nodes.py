@@ -16,9 +16,11 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from surgery.algebra.expr import Expr
 from surgery.algebra.interpret import Domain, Interpreter
+from surgery.mixture import owner_of
 from surgery.model.holder import ADAPTERS, SHARED, link_name
 from surgery.model.layers import InputForm
-from surgery.model.parts import Part, cut
+from surgery.model.parts import ENTRIES, ROWS, Part
+from surgery.model.storage import Which, bias_of, matrix_of, name_of
 from surgery.planned import SiteClass
 
 
@@ -26,25 +28,30 @@ from surgery.planned import SiteClass
 class Lowering:
     """What a site's nodes depend on: its class, the adapter's name, the shared parameters.
 
-    banks: for each shared parameter, the holder's name below `SHARED` and its stored shape.
+    banks: for each shared parameter, where it is below `SHARED`, and its stored shape.
     follows: whether the module is another one, which shares the site's weight.
+    narrow: the parameters whose dtype is narrower than that of others.
     """
 
     form: SiteClass
     adapter: str
     banks: tuple[tuple[str, str, tuple[int, ...]], ...] = ()
     follows: bool = False
+    narrow: tuple[str, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, object]) -> Lowering:
         """Itself, since it is immutable and shared by all sites that are alike."""
         return self
 
-    @property
-    def holder(self) -> str:
-        """Where the site's parameters are, from its module on."""
-        part = () if self.form.part is None else (self.form.part.name,)
-        start = link_name(self.adapter) if self.follows else f"{ADAPTERS}.{self.adapter}"
-        return ".".join((start, *part))
+    def path(self, name: str) -> str:
+        """Where a parameter is, from the site's module on."""
+        own, adapter = owner_of(name)
+        adapter = adapter or self.adapter
+        names = self.form.at.names
+        start = (link_name(adapter, *names),) if self.follows else (ADAPTERS, adapter, *names)
+        bank = next((path for other, path, _ in self.banks if other == name), None)
+        below = (own,) if bank is None else (SHARED, bank)
+        return ".".join((*start, *below))
 
 
 Lowerings = tuple[Lowering, ...]
@@ -147,22 +154,26 @@ class GraphPort:
         """The site's own layer."""
         kind, part = self.form_class.kind, self.form_class.part
         if changed and self.mixed and self.form != "indices":
-            x = self.function(cast_like, x, self.attribute("weight"))
+            x = self.function(cast_like, x, self.own("weight"))
         if part is None:
             self.output = self.layer.base(x)
             return kind.features_last(self.output)
         if not changed:
             self.output = self.layer.output
-            return part.of(kind.features_last(self.output), -1)
+            return part.of(kind.features_last(self.output), ENTRIES)
         self.output = self._rows(x, part)
         return self.output
 
     def _rows(self, x: Any, part: Part) -> Any:
         """Some rows of the layer's matrix, and of its bias, on an input that is not its own."""
         form = self.form_class
-        matrix = part.of(form.kind.to_matrix(self.attribute("weight")))
+        matrix = part.of(form.kind.to_matrix(self.own("weight")), ROWS)
         y = form.kind.apply(matrix, x, form.sizes, form.geometry, True)
-        return y + part.of(self.attribute("bias")) if form.has_bias else y
+        return y + part.of(self.own("bias"), ENTRIES) if form.has_bias else y
+
+    def own(self, which: Which) -> Any:
+        """The layer's own weight or bias, as it is stored."""
+        return self.attribute(name_of(self.form_class.at, which))
 
     def apply(self, matrix: Any, x: Any, whole: bool) -> Any:
         """A whole matrix on the input."""
@@ -200,7 +211,7 @@ class _Leaves:
     def __init__(self, key: Lowering, port: GraphPort) -> None:
         self.key = key
         self.port = port
-        self.banks = {name: (group, shape) for name, group, shape in key.banks}
+        self.banks = {name: shape for name, _, shape in key.banks}
         self.read: dict[Expr, Any] = {}
         self.parameters: dict[str, Any] = {}
 
@@ -211,7 +222,7 @@ class _Leaves:
 
     def anchor(self) -> Tensor:
         """Some tensor of the dtype and device of the parameters."""
-        names = [p.name for p in self.key.form.parameters]
+        names = [p.name for p in self.key.form.parameters if p.name not in self.key.narrow]
         if not names:
             return self._own("weight")
         return self._parameter(next((n for n in names if n not in self.banks), names[0]))
@@ -221,12 +232,12 @@ class _Leaves:
             case "parameter":
                 return self._parameter(expr.text("name"))
             case "weight":
-                return cut(self.key.form.part, self.key.form.kind.to_matrix(self._own("weight")))
+                return matrix_of(self.key.form.kind, self.key.form.at, self._own("weight"))
             case _:
-                return cut(self.key.form.part, self._own(expr.op))
+                return bias_of(self.key.form.at, self._own("bias"))
 
-    def _own(self, name: str) -> Any:
-        tensor, form = self.port.attribute(name), self.key.form
+    def _own(self, which: Which) -> Any:
+        tensor, form = self.port.own(which), self.key.form
         if not self.port.mixed:
             return tensor
         return tensor.to(cast(Any, self.anchor()).dtype if form.parameters else form.dtype)
@@ -237,14 +248,15 @@ class _Leaves:
         return self.parameters[name]
 
     def _read(self, name: str) -> Any:
-        if name not in self.banks:
-            return self.port.attribute(f"{self.key.holder}.{name}")
-        group, stored = self.banks[name]
-        tensor = self.port.attribute(f"{self.key.holder}.{SHARED}.{group}.{name}")
-        for axis, length in enumerate(self.key.form.shapes[name]):
-            if length != stored[axis]:
-                tensor = tensor.narrow(axis, 0, length)
-        return tensor
+        form = self.key.form
+        tensor, shape = (
+            form.matrix(name, self.port.attribute(self.key.path(name))),
+            form.shapes[name],
+        )
+        for axis, stored in enumerate(self.banks.get(name, shape)):
+            if shape[axis] != stored:
+                tensor = tensor.narrow(axis, 0, shape[axis])
+        return tensor.to(cast(Any, self.anchor()).dtype) if name in self.key.narrow else tensor
 
 
 def at_site(key: Lowering, layer: Layer) -> tuple[Interpreter, GraphPort]:

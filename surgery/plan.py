@@ -15,18 +15,29 @@ import torch
 from torch import nn
 
 from surgery.algebra import scalars
+from surgery.algebra.compose import Unchained, composed
 from surgery.algebra.derive import derive
 from surgery.algebra.elaborate import asks_sizes, instantiate
+from surgery.algebra.equations import Equations
 from surgery.algebra.filters import Filter, asks
-from surgery.check import Arguments, Names, Resolved, applied, arguments, site_dependent
+from surgery.arguments import (
+    Arguments,
+    Link,
+    applied,
+    arguments,
+    site_dependent,
+    unchained,
+)
+from surgery.check import Names, Resolved
 from surgery.errors import Diagnostic, Report, Span, SurgeryError
 from surgery.fit import misfits
 from surgery.language import syntax as ast
+from surgery.language.library import TRAINED, trained
 from surgery.model.facts import Facts
 from surgery.model.nearest import plural
-from surgery.model.parts import Part, overlap
+from surgery.model.parts import WHOLE, ParameterSlice
 from surgery.model.sites import Inventory, Site, admit, select, survey
-from surgery.planned import Plan, PlannedSite, SharedParameter, SiteClass
+from surgery.planned import Plan, PlannedSite, SharedKey, SharedParameter, SiteClass
 
 __all__ = [
     "Assignment",
@@ -62,6 +73,7 @@ def _planned(
     resolved: Resolved, inventory: Inventory, sites: tuple[PlannedSite, ...], report: Report
 ) -> Plan:
     shared = tuple(_shared(sites))
+    _check_names(sites, report)
     base = {id(p): p for p in inventory.parameters()}
     made = Plan(
         resolved,
@@ -78,16 +90,16 @@ def _planned(
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """One site with its method, as an artifact states it; nothing is left to be selected.
+    """One site with its methods, as an artifact states it; nothing is left to be selected.
 
-    path: of the module.
+    path: of the module. links: what is put on it, in order. at: which of its parameters, and which
+    part of it.
     """
 
     path: str
-    method: ast.Method
-    arguments: Arguments
+    links: tuple[Link, ...]
     span: Span
-    part: Part | None = None
+    at: ParameterSlice = WHOLE
     tie: ast.Tie | None = None
 
 
@@ -105,15 +117,17 @@ def plan_assignments(
     report = Report()
     inventory = survey(model)
     planner = _Planner(resolved, inventory, dtype, report)
-    known = inventory.by_path
+    pool = inventory.by_path
+    every = {entry.path: entry.first for entry in inventory.entries}
     sites: list[PlannedSite] = []
     for one in assignments:
+        known = every if one.at.tensor else pool
         if one.path not in known:
             near = get_close_matches(one.path, known, 1)
             hint = f"the nearest is `{near[0]}`" if near else "it was made for another model"
             report.error("E306", f"the model has no site `{one.path}`", hint=hint)
             continue
-        site = admit(known[one.path], one.span, inventory, report, one.part, one.tie)
+        site = admit(known[one.path], one.span, inventory, report, one.at, one.tie)
         form = None if site is None else planner.assigned(one, site)
         if site is not None and form is not None:
             sites.append(PlannedSite(site, adapter, form, one.span))
@@ -121,16 +135,23 @@ def plan_assignments(
     return _planned(resolved, inventory, tuple(sites), report)
 
 
-_Taken = dict[int, list[tuple[Part | None, ast.Match]]]
-"""By the identity of a module, which parts of it are sites already, and by which statement."""
+_Steps = tuple[tuple[ast.Application, ast.Method], ...]
+"""What a statement applies: each application with its method, in order."""
+
+_Taken = dict[int, list[tuple[ParameterSlice, ast.Selecting]]]
+"""By the identity of a module, which slices of it are sites already, and by which statement."""
 
 
-def _before(site: Site, taken: _Taken) -> Iterator[ast.Match]:
+def _before(site: Site, taken: _Taken) -> Iterator[ast.Selecting]:
     """The statements that have selected some of what a site is."""
     for module in (site.module, *site.followers):
-        for part, match in taken.get(id(module), ()):
-            if overlap(part, site.part):
+        for at, match in taken.get(id(module), ()):
+            if at.meets(site.at):
                 yield match
+
+
+_EXCEPT = "leave them out of one statement with `except`"
+_COMBINED = f"combine them with `then`, or {_EXCEPT}"
 
 
 class _Planner:
@@ -146,6 +167,7 @@ class _Planner:
         self.classes: dict[tuple[object, ...], SiteClass] = {}
         self.refused: set[tuple[int, tuple[object, ...]]] = set()
         self.given: dict[tuple[object, ...], Arguments] = {}
+        self.known_steps: dict[int, _Steps] = {}
 
     def sites(self) -> Iterator[PlannedSite]:
         for adapter, matches in self.resolved.adapters:
@@ -153,32 +175,40 @@ class _Planner:
             for match in matches:
                 yield from self._match(adapter, match, taken)
 
-    def _match(self, adapter: str, match: ast.Match, taken: _Taken) -> Iterator[PlannedSite]:
-        method = self.resolved.library.method(match.application.method)
-        assert method is not None  # resolved
-        number, holds = self._number, self._holds
-        chosen = select(match.selection, self.inventory, self.report, number, holds, match.tie)
-        known = self._fixed_arguments(match.application, method)
-        clashes: list[tuple[Site, ast.Match]] = []
+    def _match(self, adapter: str, match: ast.Selecting, taken: _Taken) -> Iterator[PlannedSite]:
+        steps = self.known_steps[id(match)] = self._steps(match)
+        verb = match.verb if isinstance(match, ast.Train) else None
+        names = (self._number, self._holds)
+        chosen = select(match.selection, self.inventory, self.report, *names, match.tie, verb)
+        known = self._fixed_links(steps)
+        clashes: list[tuple[Site, ast.Selecting]] = []
         for site in chosen:
             other = next(_before(site, taken), None)
             if other is not None:
                 clashes.append((site, other))
                 continue
             for module in (site.module, *site.followers):
-                taken.setdefault(id(module), []).append((site.part, match))
-            form = self._class(match.application, method, site, known)
+                taken.setdefault(id(module), []).append((site.at, match))
+            form = self._class(steps, site, known)
             if form is not None:
                 yield PlannedSite(site, adapter, form, match.span)
         self._report_clashes(match, clashes)
 
-    def _report_clashes(self, match: ast.Match, clashes: list[tuple[Site, ast.Match]]) -> None:
+    def _steps(self, match: ast.Selecting) -> _Steps:
+        if isinstance(match, ast.Train):
+            return ((ast.Application(TRAINED, span=match.span), trained()),)
+        found = [(a, self.resolved.library.method(a.method)) for a in match.applications]
+        return tuple((a, method) for a, method in found if method is not None)  # all are resolved
+
+    def _report_clashes(
+        self, match: ast.Selecting, clashes: list[tuple[Site, ast.Selecting]]
+    ) -> None:
         for other in {id(m): m for _, m in clashes}.values():
             paths = [s.path for s, m in clashes if m is other]
             where = match.selection.selector.span
             if other is match:
-                message = f"{_some(paths)} shares its weight with another that is selected"
-                hint = "with `share` they are one site: select one of them"
+                message = f"{_some(paths)} overlaps another that is selected, or shares its weight"
+                hint = "select rows once, and of layers that `share` a weight one"
                 self.report.error("E302", message, where, hint=hint)
                 continue
             self.report.error(
@@ -186,7 +216,7 @@ class _Planner:
                 f"two statements of one adapter select {plural(len(paths), 'site')}: "
                 f"{_some(paths)}",
                 where,
-                hint="leave them out of one statement with `except`",
+                hint=_COMBINED if isinstance(match, ast.Match) else _EXCEPT,
                 related=(("already selected here", other.selection.selector.span),),
             )
 
@@ -204,39 +234,36 @@ class _Planner:
             self.report.extend(error.diagnostics)
             return None
 
-    def _fixed_arguments(
-        self, application: ast.Application, method: ast.Method
-    ) -> Arguments | None:
-        """The arguments, where they are the same at every site."""
-        if site_dependent(application, tuple(self.resolved.names.lets)):
+    def _fixed_links(self, steps: _Steps) -> tuple[Link, ...] | None:
+        """The methods with their arguments, where these are the same at every site."""
+        lets, names = tuple(self.resolved.names.lets), self.resolved.names
+        if any(site_dependent(application, lets) for application, _ in steps):
             return None
-        return arguments(application, method, self.resolved.names)
+        return tuple(Link(method, arguments(a, method, names)) for a, method in steps)
 
     def assigned(self, one: Assignment, site: Site) -> SiteClass | None:
-        """The class of a site whose method and arguments are given."""
-        application = ast.Application(one.method.name, (), span=one.span)
-        return self._class(application, one.method, site, one.arguments)
+        """The class of a site whose methods and arguments are given."""
+        applied = ((ast.Application(k.method.name, (), span=one.span), k) for k in one.links)
+        return self._class(tuple((a, k.method) for a, k in applied), site, one.links)
 
-    def _class(
-        self,
-        application: ast.Application,
-        method: ast.Method,
-        site: Site,
-        known: Arguments | None,
-    ) -> SiteClass | None:
+    def _class(self, steps: _Steps, site: Site, known: tuple[Link, ...] | None) -> SiteClass | None:
         try:
-            given = known if known is not None else self._arguments(application, method, site)
+            links = known if known is not None else self._links(steps, site)
         except SurgeryError as error:
             self.report.extend(_without_layer(error.diagnostics, site))
             return None
-        key = (id(method), given, *_shape_of(site))
-        if key not in self.classes and (id(application), key) not in self.refused:
-            form = self._derived(application, method, given, site)
+        key = (*((id(k.method), k.arguments) for k in links), *_shape_of(site))
+        statement = id(steps[0][0])
+        if key not in self.classes and (statement, key) not in self.refused:
+            form = self._derived(tuple(a for a, _ in steps), links, site)
             if form is None:
-                self.refused.add((id(application), key))  # said once for all sites that are alike
+                self.refused.add((statement, key))  # said once for all sites that are alike
                 return None
             self.classes[key] = form
         return self.classes.get(key)
+
+    def _links(self, steps: _Steps, site: Site) -> tuple[Link, ...]:
+        return tuple(Link(method, self._arguments(a, method, site)) for a, method in steps)
 
     def _arguments(self, application: ast.Application, method: ast.Method, site: Site) -> Arguments:
         """The arguments at a site, evaluated once for all sites that they could ask the same of."""
@@ -249,20 +276,34 @@ class _Planner:
         layer = {} if site.layer is None else {"layer": site.layer}
         return self.resolved.names.at({**site.sizes.names, **layer})
 
-    def _derived(
-        self, application: ast.Application, method: ast.Method, given: Arguments, site: Site
-    ) -> SiteClass | None:
-        sizes = tuple(site.sizes.names.items()) if asks_sizes(method) else ()
+    def _equations(
+        self, applications: tuple[ast.Application, ...], links: tuple[Link, ...], site: Site
+    ) -> Equations | None:
+        """The equations of a chain at a site; None if it has none, which is reported."""
+        found: list[Equations] = []
+        for application, link in zip(applications, links, strict=True):
+            sizes = tuple(site.sizes.names.items()) if asks_sizes(link.method) else ()
+            try:
+                found.append(instantiate(link.method, link.arguments, sizes))
+            except SurgeryError as error:
+                # The first is enough: what follows in it is mostly wrong for the same reason.
+                wrong = applied(error.diagnostics[0], application)
+                self.report.extend([replace(wrong, message=f"{wrong.message} at `{site.path}`")])
+                return None
         try:
-            equations = instantiate(method, given, sizes)
-        except SurgeryError as error:
-            # The first is enough: what follows in the method is mostly wrong for the same reason.
-            found = applied(error.diagnostics[0], application)
-            self.report.extend([replace(found, message=f"{found.message} at `{site.path}`")])
+            return composed(tuple(found))
+        except Unchained as obstacle:
+            self.report.extend([unchained(applications, obstacle, f" at `{site.path}`")])
+            return None
+
+    def _derived(
+        self, applications: tuple[ast.Application, ...], links: tuple[Link, ...], site: Site
+    ) -> SiteClass | None:
+        equations = self._equations(applications, links, site)
+        if equations is None:
             return None
         form = SiteClass(
-            method=method,
-            arguments=given,
+            links=links,
             derived=derive(equations, site.has_bias),
             kind=site.kind,
             sizes=site.sizes,
@@ -270,10 +311,12 @@ class _Planner:
             has_bias=site.has_bias,
             base_dtype=site.dtype,
             dtype=self.dtype or adapter_dtype(site.dtype),
-            part=site.part,
+            at=site.at,
+            batch=site.batch,
+            shape=site.shape,
             mode=site.mode,
         )
-        problems = list(misfits(form, application, site))
+        problems = list(misfits(form, applications, site))
         self.report.extend(problems)
         return None if problems else form
 
@@ -285,7 +328,7 @@ def adapter_dtype(base: torch.dtype) -> torch.dtype:
 
 def _shape_of(site: Site) -> tuple[object, ...]:
     site_form = (site.kind.name, site.sizes, site.geometry, site.has_bias, site.dtype)
-    return (*site_form, site.part, site.mode)
+    return (*site_form, site.at, site.batch, site.shape, site.mode)
 
 
 def _without_layer(diagnostics: Iterable[Diagnostic], site: Site) -> Iterator[Diagnostic]:
@@ -298,18 +341,17 @@ def _without_layer(diagnostics: Iterable[Diagnostic], site: Site) -> Iterator[Di
 
 
 def _shared(sites: Iterable[PlannedSite]) -> Iterator[SharedParameter]:
-    found: dict[tuple[str, str, Arguments, str], SharedParameter] = {}
+    found: dict[SharedKey, SharedParameter] = {}
     for site in sites:
         form = site.form
         for p in form.parameters:
             if not p.shared:
                 continue
-            shape, device = form.shapes[p.name], site.site.device
-            one = SharedParameter(
-                site.adapter, form.method.name, form.arguments, p, shape, form.dtype, device
-            )
-            before = found.get(one.key)
-            found[one.key] = one if before is None else _larger(before, shape)
+            key, shape = form.bank(site.adapter, p), form.shapes[p.name]
+            declared = replace(p, name=p.declared_name, declared="", link=0)
+            one = SharedParameter(*key[:3], declared, shape, form.dtype, site.site.device)
+            before = found.get(key)
+            found[key] = one if before is None else _larger(before, shape)
     yield from found.values()
 
 
@@ -326,11 +368,24 @@ def _larger(shared: SharedParameter, shape: tuple[int, ...]) -> SharedParameter:
     )
 
 
+def _check_names(sites: Iterable[PlannedSite], report: Report) -> None:
+    """E320 where a method's parameter has the name under which a slice of the module is kept."""
+    sites = tuple(sites)
+    inner = {(id(s.site.module), s.adapter, *s.site.at.names[:1]) for s in sites if s.site.at.names}
+    for site in sites if inner else ():
+        names = [] if site.site.at.names else [p.name for p in site.form.parameters]
+        for name in names:
+            if (id(site.site.module), site.adapter, name) in inner:
+                message = f"two tensors of `{site.path}` would be kept as `{name}`"
+                hint = "give the parameter another name in its method"
+                report.error("E320", message, site.span, hint=hint)
+
+
 def _check_budget(made: Plan, report: Report) -> None:
     if made.bytes <= MAX_BYTES:
         return
-    worst = max(made.sites, key=lambda s: sum(map(prod, s.form.shapes.values())))
-    shapes = ", ".join(f"{n}{list(s)}" for n, s in worst.form.shapes.items())
+    worst = max(made.sites, key=lambda s: sum(map(prod, s.form.stored.values())))
+    shapes = ", ".join(f"{n}{list(s)}" for n, s in worst.form.stored.items())
     report.error(
         "E304",
         f"the adapters would take {made.bytes / 2**40:.1f} TiB",

@@ -1,116 +1,30 @@
-"""The data of a plan: classes of sites that are alike, the sites, what they share, the whole.
-
-All of it is frozen, and all that is derived from a class of sites is derived once for the class.
-"""
+"""The data of a plan: the sites, what they share, the whole. All of it is frozen."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING
 
 import torch
 
-from surgery.algebra.axes import Size, evaluate
-from surgery.algebra.derive import Derived
 from surgery.algebra.equations import Parameter
-from surgery.algebra.expr import render
-from surgery.check import Arguments, Resolved
+from surgery.arguments import Arguments, Link
+from surgery.check import Resolved
 from surgery.errors import Diagnostic, Span
 from surgery.language import syntax as ast
 from surgery.model.holder import parameter_name
-from surgery.model.layers import Geometry, LayerKind, Mode, Sizes
 from surgery.model.parts import Part
 from surgery.model.sites import Site
-from surgery.report import aligned, shown, shown_bytes, shown_shape
+from surgery.model.tensors import buffers_beside
+from surgery.report import aligned, shown_bytes, shown_shape
+from surgery.site_class import SharedKey, SiteClass
 
 if TYPE_CHECKING:
     from surgery.difference import PlanDiff
     from surgery.work import Work
-
-
-@dataclass(frozen=True)
-class SiteClass:
-    """A method with its arguments at one shape of site.
-
-    shapes: of each parameter, in elements, as this site sees it.
-    dtype: of the parameters.
-    part: which rows of the layer's matrix the sites are, if not all.
-    mode: how the layer is reached.
-    """
-
-    method: ast.Method
-    arguments: Arguments
-    derived: Derived
-    kind: LayerKind
-    sizes: Sizes
-    geometry: Geometry | None
-    has_bias: bool
-    base_dtype: torch.dtype
-    dtype: torch.dtype
-    part: Part | None = None
-    mode: Mode = "call"
-
-    def __hash__(self) -> int:
-        """The hash of all fields, computed once: a class stands for hundreds of sites."""
-        return self._hash
-
-    @cached_property
-    def _hash(self) -> int:
-        return hash(tuple(getattr(self, f.name) for f in fields(self)))
-
-    def __getstate__(self) -> dict[str, object]:
-        """The fields alone; what is derived from them is derived anew, hashes above all."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
-
-    def __deepcopy__(self, memo: dict[int, object]) -> SiteClass:
-        """Itself, since it is immutable and shared by all sites that are alike."""
-        return self
-
-    @cached_property
-    def names(self) -> Mapping[str, int | float]:
-        """The sizes by their names in equations."""
-        return dict(self.sizes.names)
-
-    @cached_property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """The shape of each parameter in elements."""
-        return {p.name: self.numbers(p.shape) for p in self.parameters}
-
-    @property
-    def parameters(self) -> tuple[Parameter, ...]:
-        """The declared parameters, in order."""
-        return self.derived.equations.parameters
-
-    def numbers(self, shape: tuple[Size, ...]) -> tuple[int, ...]:
-        """A symbolic shape in elements."""
-        return tuple(int(evaluate(s, self.names)) for s in shape)
-
-    @cached_property
-    def work(self) -> Work | None:
-        """What a forward takes beyond the base's; None where the equation cannot run there."""
-        from surgery.work import extra_work
-
-        return extra_work(self, self.names)
-
-    @cached_property
-    def equation(self) -> str:
-        """The equation as derived: `W' = …`, and `b' = …` where it is not b."""
-        return _equation(self.derived)
-
-
-def _equation(derived: Derived) -> str:
-    merged, equations = derived.still, derived.equations
-    if merged is None:
-        weights = (("W'", equations.weight), ("b'", equations.bias))
-        given = (*weights, ("x'", equations.input), ("y'", equations.output))
-        return ", ".join(f"{name} = {render(e)}" for name, e in given if e is not None)
-    parts = [] if merged.weight.op == "weight" else [f"W' = {render(merged.weight)}"]
-    if merged.bias.op not in ("bias", "zeros"):
-        parts.append(f"b' = {render(merged.bias)}")
-    return ", ".join(parts) or "W' = W"
 
 
 @dataclass(frozen=True)
@@ -130,16 +44,11 @@ class PlannedSite:
     @property
     def holders(self) -> tuple[str, ...]:
         """The names of the holders of its parameters, from its module's own on."""
-        part = self.site.part
-        return (self.adapter,) if part is None else (self.adapter, part.name)
+        return (self.adapter, *self.site.at.names)
 
     def adapted(self, name: str) -> str:
         """The name that one of its parameters has in the adapted model."""
         return parameter_name(self.site.owner, self.holders, name)
-
-
-SharedKey = tuple[str, str, Arguments, str]
-"""An adapter, a method, its arguments and a parameter's name."""
 
 
 @dataclass(frozen=True)
@@ -179,12 +88,12 @@ class Plan:
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """The adapters by name, in the order of the file; the first is the live one."""
+        """The adapters by name, in the order of the file."""
         named = (name for name, _ in self.resolved.adapters)
         return tuple(dict.fromkeys([*named, *(site.adapter for site in self.sites)]))
 
     @cached_property
-    def groups(self) -> Mapping[tuple[str, str, Arguments, str], str]:
+    def groups(self) -> Mapping[SharedKey, str]:
         """For each shared parameter the group it is kept in: its method's name.
 
         Groups of one method with different arguments in one adapter are numbered from 2.
@@ -230,7 +139,7 @@ class Plan:
         for site in self.sites:
             for p in site.form.parameters:
                 if not p.shared:
-                    yield prod(site.form.shapes[p.name]), p.trained, site.form.dtype
+                    yield prod(site.form.stored[p.name]), p.trained, site.form.dtype
         for shared in self.shared:
             yield prod(shared.shape), shared.parameter.trained, shared.dtype
 
@@ -273,21 +182,16 @@ def _table(plan: Plan) -> str:
 
 def _row(site: PlannedSite, several: bool) -> list[str]:
     form = site.form
-    call = f"{form.method.name}({_arguments(site)})"
-    trained = sum(prod(form.shapes[p.name]) for p in form.parameters if p.trained)
+    trained = sum(prod(form.stored[p.name]) for p in form.parameters if p.trained)
     return [
         site.path or "(the model itself)",
         form.kind.name,
-        f"{form.sizes.fan_out} × {form.sizes.fan_in}",
-        f"{site.adapter}: {call}" if several else call,
-        " ".join(f"{n}{shown_shape(s)}" for n, s in form.shapes.items()),
+        " × ".join(str(n) for n in (form.batch, form.sizes.fan_out, form.sizes.fan_in) if n),
+        f"{site.adapter}: {form.call}" if several else form.call,
+        " ".join(f"{n}{shown_shape(s)}" for n, s in form.stored.items()),
         f"{trained:,}",
         form.derived.merge_class,
     ]
-
-
-def _arguments(site: PlannedSite) -> str:
-    return ", ".join(f"{n}={shown(v)}" for n, v in site.form.arguments)
 
 
 def _equations(plan: Plan) -> list[str]:
@@ -299,11 +203,16 @@ def _told(site: PlannedSite) -> Iterator[str]:
     """A method's equation at a site, and what follows from it."""
     form = site.form
     note = form.derived.reason or MERGE_NOTES[form.derived.merge_class]
-    yield f"{form.method.name}: {form.equation}"
+    yield f"{form.named}: {form.equation}"
     yield f"  {form.derived.merge_class}: {note}"
     if _adds_bias(site):
-        yield f"  {form.method.name} adds a bias to layers that have none when it is merged"
-    if form.mode == "value":
+        yield f"  {form.named} adds a bias to layers that have none when it is merged"
+    if site.site.at.tensor:
+        yield "  a copy of the parameter is read and trained, and the base's own is not written"
+        buffers = ", ".join(buffers_beside(site.site.module))
+        if buffers:
+            yield f"  not copied, for they are no parameters, are its buffers: {buffers}"
+    elif form.mode == "value":
         yield "  W' is built whenever the weight is read, for the forward is not the layer's own"
     if site.site.tie is not None:
         yield f"  {_TIE_NOTES[site.site.tie]}"
@@ -323,6 +232,8 @@ def _totals(plan: Plan) -> list[str]:
         f"{share:.3%} of that is trained",
     ]
     lines += [_flops(plan, name) for name in plan.adapters]
+    if plan.resolved.live is not None:
+        lines.append(f"live after compilation: {plan.resolved.live}")
     if plan.shared:
         names = ", ".join(
             f"{s.method}.{s.parameter.name}{shown_shape(s.shape)}" for s in plan.shared
@@ -356,6 +267,7 @@ def _as_json(plan: Plan) -> dict[str, object]:
             for s in plan.shared
         ],
         "adapters": list(plan.adapters),
+        "live": None if plan.resolved.live is None else str(plan.resolved.live),
         "trainable": plan.trainable,
         "total": plan.total,
         "bytes": plan.bytes,
@@ -363,6 +275,10 @@ def _as_json(plan: Plan) -> dict[str, object]:
         "base": {"parameters": plan.base_count, "bytes": plan.base_bytes},
         "diagnostics": [d.as_json() for d in plan.diagnostics],
     }
+
+
+def _rows(part: Part) -> dict[str, int]:
+    return {"start": part.start, "stop": part.stop, "every": part.period, "of": part.whole}
 
 
 def _site_json(site: PlannedSite) -> dict[str, object]:
@@ -374,16 +290,18 @@ def _site_json(site: PlannedSite) -> dict[str, object]:
         "in": form.sizes.fan_in,
         "out": form.sizes.fan_out,
         "layer": site.site.layer,
-        "rows": None if form.part is None else [form.part.start, form.part.stop],
+        "parameter": form.at.parameter,
+        "matrix": form.at.index,
+        "matrices": form.batch,
+        "rows": None if form.part is None else _rows(form.part),
         "reached_by": form.mode,
         "dtype": _dtype(form.base_dtype),
         "bias": form.has_bias,
-        "method": form.method.name,
-        "arguments": dict(form.arguments),
+        **links_data(form.links),
         "equation": form.equation,
         "parameters": {
             p.name: {
-                "shape": list(form.shapes[p.name]),
+                "shape": list(form.stored[p.name]),
                 "trained": p.trained,
                 "shared": p.shared,
                 "dtype": _dtype(form.dtype),
@@ -396,6 +314,12 @@ def _site_json(site: PlannedSite) -> dict[str, object]:
         "adds_bias": _adds_bias(site),
         "flops": None if form.work is None else _work_json(form.work),
     }
+
+
+def links_data(links: tuple[Link, ...]) -> dict[str, object]:
+    """The first method and its arguments, and with `then` those of each that follows."""
+    each = [{"method": k.method.name, "arguments": dict(k.arguments)} for k in links]
+    return {**each[0], **({"then": each[1:]} if each[1:] else {})}
 
 
 def _work_json(work: Work) -> dict[str, object]:

@@ -22,6 +22,11 @@ def methods_dir() -> Path:
     return specs_dir() / "methods"
 
 
+def statements_dir() -> Path:
+    """The folder of what statements other than `match` put on their sites: a method each."""
+    return specs_dir() / "statements"
+
+
 def formats_dir() -> Path:
     """The folder of checkpoint formats: one file each."""
     return specs_dir() / "formats"

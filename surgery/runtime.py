@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,21 +16,29 @@ from surgery.check import Resolved, Values, adapts_nothing, findings, resolve
 from surgery.errors import Diagnostic, Report, SurgeryError, error_of, refuse
 from surgery.inverse import (
     Inverse,
-    dismount_site,
     remove_site,
+    shared_at,
 )
 from surgery.language.library import Library
 from surgery.language.parse import parse
 from surgery.language.syntax import Spec
+from surgery.live import single
+from surgery.mixture import live_sites
 from surgery.model.hooked import adopt
 from surgery.plan import Plan, PlannedSite, plan_assignments
 from surgery.plan import plan as make_plan
 from surgery.state import Adapter, State, forget_state, keep_state, require_state, state_of
+from surgery.switching import chosen, live_of, make_live
 from surgery.tensors import add_banks, begin_pending, tensors_of
 
 if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
     from surgery.artifact import SaveReport
     from surgery.mapping import StateDictMapping
+    from surgery.programs import Form
+
+    Model = nn.Module | ExportedProgram
 
 # Names and files are a fifth of all code, and are imported when they are first asked for.
 
@@ -61,16 +70,20 @@ class Compiled:
 
     @property
     def graphs(self) -> Mapping[str, fx.Graph]:
-        """The graph of every site of the live adapter, by the site's path.
+        """The graph of every site of what is live, by the site's path.
 
         Sites that are rows of one layer have one graph. Where a layer is reached by its weight,
         the graph is the weight's, or the bias's where only that changes.
         """
         state = self._state
-        live = () if state.live is None else state.adapters[state.live].sites
-        modules = _modules(state, state.live)
-        made = {id(m): next(iter(lower.graphs(keys).values()), None) for m, keys in modules}
-        graphs = {s.path: made[id(s.site.module)] for s in live}
+        live = state.sites
+        modules = lower.by_module(live, state.plans)
+        made = {
+            (id(module), name): next(iter(lower.graphs(tuple(own)).values()), None)
+            for module, keys in modules
+            for name, own in groupby(keys, key=lambda key: key.form.at.parameter)
+        }
+        graphs = {s.path: made[id(s.site.module), s.site.at.parameter] for s in live}
         return {path: found.graph for path, found in graphs.items() if found is not None}
 
     @property
@@ -80,30 +93,28 @@ class Compiled:
 
     @property
     def live(self) -> str | None:
-        """The adapter that the forward runs; None for the base alone."""
-        return self._state.live
+        """What the forward runs, such as `0.7*a + 0.3*b`; None for the base alone."""
+        live = self._state.live
+        return str(live) if live else None
 
     @property
     def merged(self) -> bool:
-        """Whether the live adapter is in the weights."""
+        """Whether what is live is in the weights."""
         return self._state.is_merged
 
-    def activate(self, name: str | None) -> None:
-        """Let the forward run one adapter, or the base alone; what is trained does not change.
+    def activate(self, expression: str | None) -> None:
+        """Let the forward run an adapter, a mix such as `0.7*a + 0.3*b`, `a then b`, or the base.
 
-        Raises StateError: E411 for an unknown adapter, E402 while one is merged.
+        expression: as behind `activate` in a spec; None for the base alone. What is trained does
+        not change. Raises, with nothing changed: SpecSyntaxError; DefinitionError (E132) for what
+        is no mix; StateError: E411 for an unknown adapter, E402 while one is merged; PlanError for
+        adapters that cannot be live together (E309), or cannot run so (E305).
         """
         state = self._state
-        if name is not None and name not in state.adapters:
-            known = ", ".join(state.adapters)
-            refuse("E411", f"there is no adapter `{name}`", hint=f"there are: {known}")
+        live = live_of(expression, state)
         if state.is_merged:
             refuse("E402", f"`{state.live}` is merged", hint="unmerge() first")
-        for module, _ in _modules(state, state.live):
-            mount.dismount(module)
-        state.live = name
-        for module, keys in _modules(state, name):
-            mount.mount(module, keys)
+        make_live(self.model, state, live)
 
     def materialize(self) -> None:
         """Begin the parameters that waited on meta for their base's weights to arrive."""
@@ -111,41 +122,50 @@ class Compiled:
         for adapter in state.adapters.values():
             begin_pending(self.model, adapter)
 
+    def export(
+        self, args: tuple[object, ...] | None = None, kwargs: Mapping[str, object] | None = None
+    ) -> ExportedProgram:
+        """The model as an exported program, as it is now: with what is live, or merged.
+
+        args, kwargs: example inputs; by default those of the program that it came from, whose sizes
+        may vary as they might there. Raises StateError (E419) where there are none.
+        """
+        from surgery.programs import exported
+
+        return exported(self.model, args, kwargs)
+
     def parameters(self, adapter: str | None = None) -> dict[str, Tensor]:
-        """The tensors of an adapter (the live one by default) by their names in the model."""
+        """The tensors of an adapter (the live one by default) by their names in the model.
+
+        Raises StateError: E411 for an unknown adapter, E416 where several are live.
+        """
         state = self._state
-        return tensors_of(self.model, state.adapters[adapter or self._only(state)])
+        return tensors_of(self.model, chosen(state, adapter))
 
     def save(self, directory: str | Path, adapter: str | None = None) -> SaveReport:
         """Write an adapter (the live one by default) to a folder, all of it or nothing.
 
         The folder is a peft folder where one peft config says the same; the report says if not.
-        Raises ArtifactError if it cannot be written.
+        Raises ArtifactError if it cannot be written; StateError: E411 for an unknown adapter, E416
+        where several are live.
         """
         from surgery.artifact import save_adapter
         from surgery.digests import base_digests
 
         state = self._state
-        chosen = state.adapters[adapter or self._only(state)]
+        saved = chosen(state, adapter)
         return save_adapter(
             Path(directory),
-            chosen.plan,
-            chosen.name,
-            tensors_of(self.model, chosen),
-            chosen.seed,
-            base_digests(state, chosen.sites),
+            saved.plan,
+            saved.name,
+            tensors_of(self.model, saved),
+            saved.seed,
+            base_digests(state, saved.sites),
         )
-
-    def _only(self, state: State) -> str:
-        return state.live or next(iter(state.adapters))
 
     @property
     def _state(self) -> State:
         return require_state(self.model)
-
-
-def _modules(state: State, name: str | None) -> list[tuple[nn.Module, lower.Lowerings]]:
-    return [] if name is None else lower.by_module(state.adapters[name].plan, name)
 
 
 def joined(plans: Iterator[Plan]) -> Plan:
@@ -188,48 +208,61 @@ def check(spec: SpecLike, values: Values | None = None) -> tuple[Diagnostic, ...
 
 def plan(
     spec: SpecLike,
-    model: nn.Module,
+    model: Model,
     *,
     values: Values | None = None,
     dtype: torch.dtype | None = None,
+    mode: Form | None = None,
 ) -> Plan:
     """What a spec would do to a model; neither is touched, and the model may lie on meta.
 
     values: of the spec's `param`s. dtype: of the adapters' parameters; by default float32 on a
-    base of 16 bits or less, else the base's own. Raises SurgeryError with all that does not fit.
+    base of 16 bits or less, else the base's own. mode: as for `compile`. Raises SurgeryError with
+    all that does not fit.
     """
-    made = make_plan(resolve(read_spec(spec), Library.standard(), values), model, dtype)
+    target = target_of(model, mode)
+    made = make_plan(resolve(read_spec(spec), Library.standard(), values), target, dtype)
     lower.check(made)
+    if made.resolved.live is not None:
+        plans = dict.fromkeys(made.adapters, made)
+        lower.check_sites(live_sites(made.resolved.live, plans), plans)
     return made
 
 
 def compile_model(
     spec: SpecLike,
-    model: nn.Module,
+    model: Model,
     *,
     seed: int = 0,
     values: Values | None = None,
     dtype: torch.dtype | None = None,
     inplace: bool = True,
+    mode: Form | None = None,
 ) -> Compiled:
     """Adapt a model in place, or a twin of it. Whatever goes wrong, the model is left as it was.
 
     seed: of the random beginnings; each parameter has a stream of its own, so the order does not
     matter. inplace: False leaves the model alone, and the handle's `model` is a twin that shares
-    the storage of every parameter and buffer. Other arguments as for `plan`. A second call adds
-    its adapters beside those that are there. Raises SurgeryError.
+    the storage of every parameter and buffer. mode: "graph" for a model that is one graph, which
+    the handle's `model` then is; "module" by default, and "graph" for a GraphModule and an exported
+    program. A module or a program that becomes a graph stays as it is. Other arguments as for
+    `plan`. A second call adds its adapters beside those that are there. Raises SurgeryError.
     """
-    target = model if inplace else _twin(model)
+    target = target_of(model, mode, inplace)
     made = plan(spec, target, values=values, dtype=dtype)
     if not made.adapters:
         raise error_of([adapts_nothing(made.resolved.spec)])
     return _put_on(target, made, seed, {})
 
 
-def _twin(model: nn.Module) -> nn.Module:
-    from surgery.twin import twin
+def target_of(model: Model, mode: Form | None, inplace: bool = True) -> nn.Module:
+    """The model that is adapted for one that was given; see `surgery.programs`."""
+    whole = isinstance(model, fx.GraphModule) or mode == "graph"
+    if isinstance(model, nn.Module) and inplace and not whole:
+        return model
+    from surgery import programs
 
-    return twin(model)
+    return programs.target_of(model, mode, inplace)
 
 
 def _put_on(model: nn.Module, made: Plan, seed: int, given: Mapping[str, Tensor]) -> Compiled:
@@ -237,20 +270,25 @@ def _put_on(model: nn.Module, made: Plan, seed: int, given: Mapping[str, Tensor]
     state = state_of(model) or State()
     _refuse_known_names(state, made)
     _refuse_merged(state)
-    fresh = state_of(model) is None
+    fresh, live = state_of(model) is None, state.live
     base = mount.base_parameters(model)
     flags = {name: p.requires_grad for name, p in base.items()}
     try:
         holders = [mount.add_holder(s.site.module, *s.holders) for s in made.sites]
         adopt(model)  # a hook may now tell where the sites run, and so where tensors belong
-        tensors = [materialize.site_tensors(s, seed, _given_at(s, given)) for s in made.sites]
         banks = add_banks(model, made, seed, given)
+        tensors = [
+            materialize.site_tensors(s, seed, {**_given_at(s, given), **shared_at(model, made, s)})
+            for s in made.sites
+        ]
         for site, holder, values in zip(made.sites, holders, tensors, strict=True):
             _fill(holder, site, values, banks)
         for parameter in base.values():
             parameter.requires_grad_(False)
         _register(model, state, made, seed, flags if fresh else state.flags)
     except BaseException:
+        if state.live != live:
+            make_live(model, state, live)
         _take_off(model, made, state, flags, fresh)
         raise
     return Compiled(model)
@@ -290,31 +328,33 @@ def _fill(
     if site.adapter in banks and any(p.shared for p in site.form.parameters):
         mount.link_shared(holder, banks[site.adapter])
     for follower in site.site.followers:
-        mount.link_follower(follower, site.adapter, holder)
+        mount.link_follower(follower, site.holders, holder)
 
 
 def _register(
     model: nn.Module, state: State, made: Plan, seed: int, flags: dict[str, bool]
 ) -> None:
-    first = state.live is None and not state.adapters
+    live = made.resolved.live
+    if live is None and not state.live and not state.adapters and made.adapters:
+        live = single(made.adapters[0])
     for name in made.adapters:
         state.adapters[name] = Adapter(name, made, seed)
     state.flags = flags
     keep_state(model, state)
-    if first and made.adapters:
-        Compiled(model).activate(made.adapters[0])
+    if live is not None:
+        Compiled(model).activate(str(live))
 
 
 def _take_off(
     model: nn.Module, made: Plan, state: State, flags: dict[str, bool], fresh: bool
 ) -> None:
     for site in made.sites:
-        if state.live in made.adapters:
-            dismount_site(site)
         remove_site(site)
     for name in made.adapters:
         mount.remove_parameters(model, name)
         state.adapters.pop(name, None)
+    if fresh:
+        mount.give_back(model)
     mount.set_requires_grad(model, flags)
     if fresh:
         forget_state(model)
@@ -325,24 +365,25 @@ def _take_off(
 
 def attach(
     directory: str | Path,
-    model: nn.Module,
+    model: Model,
     *,
     dtype: torch.dtype | None = None,
     inplace: bool = True,
     force: bool = False,
+    mode: Form | None = None,
 ) -> Compiled:
     """Put a saved adapter, ours or peft's, on a model. No code of the folder is run.
 
-    The sites and methods are those that the folder states; nothing is selected again. `inplace` is
-    as for `compile`. force: attach an adapter that was made on another base than this model. Raises
-    ArtifactError for a folder that is not whole or was made on another base (E522), PlanError where
-    it does not fit this model; the model is left as it was.
+    The sites and methods are those that the folder states; nothing is selected again. `inplace` and
+    `mode` are as for `compile`. force: attach an adapter that was made on another base than this
+    model. Raises ArtifactError for a folder that is not whole or was made on another base (E522),
+    PlanError where it does not fit this model; the model is left as it was.
     """
     from surgery.artifact import check_tensors, load_artifact
     from surgery.digests import check_base
 
-    _refuse_merged(state_of(model))
-    target = model if inplace else _twin(model)
+    target = target_of(model, mode, inplace)
+    _refuse_merged(state_of(target))
     loaded = load_artifact(Path(directory), target)
     made = plan_assignments(loaded.resolved, target, loaded.assignments, loaded.adapter, dtype)
     lower.check(made)

@@ -9,6 +9,8 @@ from typing import Literal
 from torch import Tensor, nn
 
 from surgery.errors import refuse
+from surgery.live import Live
+from surgery.mixture import Plans, live_sites
 from surgery.model.stored import Kept
 from surgery.plan import Plan, PlannedSite
 
@@ -51,7 +53,7 @@ class State:
 
     adapters: by name, in the order in which they came.
     flags: `requires_grad` of every base parameter before the first surgery, by name.
-    live: the adapter that the forward runs, or None.
+    live: what the forward runs.
     merged: by path; empty unless `live` is merged.
     undo: how the merge can be taken back.
     untied: the configs that said of the merged model that its weights are tied.
@@ -59,11 +61,21 @@ class State:
 
     adapters: dict[str, Adapter] = field(default_factory=dict[str, Adapter])
     flags: dict[str, bool] = field(default_factory=dict[str, bool])
-    live: str | None = None
+    live: Live = field(default_factory=Live)
     merged: dict[str, MergedSite] = field(default_factory=dict[str, MergedSite])
     is_merged: bool = False
     undo: Undo = "exact"
     untied: tuple[object, ...] = ()
+
+    @property
+    def plans(self) -> Plans:
+        """The plan of each adapter, by name."""
+        return {name: adapter.plan for name, adapter in self.adapters.items()}
+
+    @property
+    def sites(self) -> tuple[PlannedSite, ...]:
+        """The sites of what is live."""
+        return live_sites(self.live, self.plans)
 
 
 def state_of(model: nn.Module) -> State | None:

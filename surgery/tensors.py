@@ -33,6 +33,9 @@ def tensors_of(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
 
 def begin_pending(model: nn.Module, adapter: Adapter) -> None:
     """Begin what waited on meta, where the base's weights have arrived."""
+    for shared in adapter.plan.shared:  # before the sites, whose own may be made of them
+        if shared.adapter == adapter.name:
+            _begin_shared(model, adapter, shared)
     for site in adapter.sites:
         device = execution_device(site.site.module)
         if device.type == "meta":
@@ -45,9 +48,6 @@ def begin_pending(model: nn.Module, adapter: Adapter) -> None:
         mount.add_parameters(
             mount.add_holder(site.site.module, *site.holders), mount.Tensors(waiting, trained)
         )
-    for shared in adapter.plan.shared:
-        if shared.adapter == adapter.name:
-            _begin_shared(model, adapter, shared)
 
 
 def _begin_shared(model: nn.Module, adapter: Adapter, shared: SharedParameter) -> None:

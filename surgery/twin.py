@@ -25,7 +25,7 @@ def twin(model: nn.Module) -> nn.Module:
     Whatever else the modules hold is copied as `copy.deepcopy` does it. Gradients are not taken
     over. Raises StateError (E415) for a model that cannot be copied so.
     """
-    memo: dict[int, object] = {id(tensor): alike for tensor, alike in _shared(model)}
+    memo: dict[int, object] = {id(tensor): other for tensor, other in _shared(model)}
     try:
         made = copy.deepcopy(model, memo)
     except (TypeError, RuntimeError, NotImplementedError) as error:
@@ -46,7 +46,7 @@ def _shared(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         for tensor in _tensors(module):
             if id(tensor) not in seen:
                 seen.add(id(tensor))
-                yield tensor, _alike(tensor)
+                yield tensor, alike(tensor)
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
@@ -58,17 +58,17 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
             yield value
 
 
-def _alike(tensor: Tensor) -> Tensor:
+def alike(tensor: Tensor) -> Tensor:
     """Another parameter over the same data; a tensor that is none is the twin's as it is."""
     if not isinstance(tensor, nn.Parameter):
         return tensor
-    alike = tensor.detach()
-    if type(alike) is Tensor and type(tensor) is not nn.Parameter:  # a subclass of parameters
-        alike = alike.as_subclass(type(tensor)).requires_grad_(tensor.requires_grad)
+    made = tensor.detach()
+    if type(made) is Tensor and type(tensor) is not nn.Parameter:  # a subclass of parameters
+        made = made.as_subclass(type(tensor)).requires_grad_(tensor.requires_grad)
     else:
-        alike = nn.Parameter(alike, requires_grad=tensor.requires_grad)
-    vars(alike).update(vars(tensor))
-    return alike
+        made = nn.Parameter(made, requires_grad=tensor.requires_grad)
+    vars(made).update(vars(tensor))
+    return made
 
 
 def _check(model: nn.Module, made: nn.Module) -> None:

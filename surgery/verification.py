@@ -14,11 +14,13 @@ from surgery.check import Values
 from surgery.errors import refuse
 from surgery.model.holder import under_adapters
 from surgery.plan import Plan
-from surgery.runtime import Compiled, SpecLike, compile_model
-from surgery.state import state_of
+from surgery.runtime import Compiled, SpecLike, compile_model, target_of
+from surgery.state import require_state, state_of
 
 if TYPE_CHECKING:
     from surgery.gradients import WithoutGradient
+    from surgery.programs import Form
+    from surgery.runtime import Model
 
 Run = Callable[[nn.Module], object]
 
@@ -92,25 +94,29 @@ def _told_gradients(dead: tuple[WithoutGradient, ...]) -> Iterator[str]:
 
 def verify(
     spec: SpecLike,
-    model: nn.Module,
+    model: Model,
     run: Run,
     *,
     seed: int = 0,
     values: Values | None = None,
     progress: Callable[[str], None] = lambda step: None,
+    mode: Form | None = None,
 ) -> Verification:
     """Compile a spec, move the parameters, go backward, merge, unmerge, merge again and unload.
 
     run: calls the model on some input and gives its output; it is called in evaluation mode,
-        without gradients but for the backward pass. progress: told the name of each step.
+        without gradients but for the backward pass. progress: told the name of each step. mode: as
+        for `compile`; `run` is given the graph, where there is one.
     The model is as it was afterwards, whatever happens. Raises SurgeryError as `compile` does, and
     StateError (E414) for a model that is adapted already.
     """
+    model = target_of(model, mode)
     if state_of(model) is not None:
         refuse("E414", "the model has adapters already", hint="unload() them, or verify a copy")
     before = _snapshot(model)
     modes = {module: module.training for module in model.modules()}
-    model.eval()
+    for module in modes:
+        module.training = False
     try:
         progress("base")
         base = _outputs(run, model)
@@ -139,7 +145,7 @@ def _observed(
     adapted = _outputs(run, model)
     progress("backward")
     dead = _without_gradient(compiled, run)
-    reason = next((s.form.derived.reason for s in plan.sites if not s.form.derived.merged), "")
+    reason = _obstacle(model)
     distance, unmerged = 0.0, True
     if not reason:
         progress("merge")
@@ -162,6 +168,14 @@ def _observed(
         reason=reason,
         without_gradient=dead,
     )
+
+
+def _obstacle(model: nn.Module) -> str:
+    """Why what is live cannot be merged, or ""."""
+    state = require_state(model)
+    if not state.live:
+        return "no adapter is live"
+    return next((s.form.derived.reason for s in state.sites if not s.form.derived.merged), "")
 
 
 def _without_gradient(compiled: Compiled, run: Run) -> tuple[WithoutGradient, ...]:

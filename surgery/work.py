@@ -73,6 +73,11 @@ class Place(Protocol):
         ...
 
     @property
+    def batch(self) -> int | None:
+        """The number of matrices, where it is a batch of them."""
+        ...
+
+    @property
     def mode(self) -> Mode:
         """How the layer is reached."""
         ...
@@ -96,7 +101,7 @@ def extra_work(place: Place, names: Mapping[str, int | float]) -> Work | None:
             merged = place.derived.merged
             parts = () if merged is None else (merged.weight, merged.bias)
             list(map(counter.value, parts))
-            return Work(0, tally.call)
+            return Work(0, tally.call * (place.batch or 1))
         counter.run(place.derived, cast(Tensor, x))
     except Unlowerable:
         return None

@@ -22,15 +22,15 @@ untyped = cast(Any, torch)  # for calls whose stubs are not fully typed
 
 
 class Odd(nn.Module):
-    """A layer with a weight, and a forward that nobody knows."""
+    """A layer with a weight of three axes, and a forward that nobody knows."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(13, 13))
+        self.weight = nn.Parameter(torch.randn(13, 13, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., 13] to the same."""
-        return 2 * x @ self.weight
+        return 2 * x @ self.weight[..., 0]
 
 
 class Block(nn.Module):
@@ -337,7 +337,7 @@ MERGED = SITE + "apply ia3()\nmatch /v_proj/ in layers[*] apply dora(r=2)"
 
 @pytest.mark.parametrize("undo", ["exact", "algebraic"])
 @pytest.mark.parametrize("count", range(3))
-@pytest.mark.parametrize("name", ["write", "write_parameter", "detach_parameter", "read"])
+@pytest.mark.parametrize("name", ["write", "write_bias", "detach_parameter", "read"])
 def test_a_failure_while_merging(
     name: str, count: int, undo: Undo, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:

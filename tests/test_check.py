@@ -51,6 +51,10 @@ BAD = [
         ),
     ),
     ("E106", "«param layer: int = 3» match /q/ apply lora()"),
+    ("E101", "let w = «layer» match /q/ apply lora() activate w * default"),
+    ("E105", "match /q/ apply lora() activate «1 / 0» * default"),
+    ("E105", "match /q/ apply lora() activate «1e30 * default»"),
+    ("E106", "«adapter none { match /q/ apply lora() }»"),
     ("E107", "let a = 3 «let a = 4» match /q/ apply lora()"),
     ("E107", "let a = 3 «param a: int = 4» match /q/ apply lora()"),
     ("E107", "match /q/ apply lora(r = 3, «r = 4»)"),
@@ -100,9 +104,75 @@ def test_a_mistake_at_the_arguments_shows_the_definition_beside_it() -> None:
     assert place.text == "r"
 
 
+ADAPTERS = "adapter a { match /q/ apply lora() } adapter b { match /v/ apply lora() } "
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        ("E131", "activate «c»"),
+        ("E131", "activate a + 2*(«c» then b)"),
+        ("E131", "param w: float = 1 activate «ww» * a"),
+        ("E132", "activate «2»"),
+        ("E132", "activate a * «b»"),
+        ("E132", "activate a + «1»"),
+        ("E132", "activate «2» - a"),
+        ("E132", "activate sqrt(«a»)"),
+        ("E132", "activate a then «2»"),
+        ("E132", "activate «3» then a"),
+        ("E132", "activate «2» / a"),
+        ("E132", "activate a % «2»"),
+        ("E132", "let a = 3 activate «a»"),
+        ("E103", 'let w = "x" activate «w» * a'),
+        ("E133", "activate a «activate b»"),
+        ("E133", "activate a «activate a»"),
+    ],
+)
+def test_what_is_no_mix_of_adapters(code: str, text: str) -> None:
+    text, place, _ = marked(ADAPTERS + text)
+    (one,) = found(text)
+    assert one.code == code
+    assert one.span is not None
+    assert one.span.text == place
+    assert one.hint or one.label
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("", None),
+        ("activate none", "none"),
+        ("activate b", "b"),
+        ("activate 1.0 * b", "b"),
+        ("param w: float = 0.75 let v = 1 - w activate w*a + v*b", "0.75*a + 0.25*b"),
+        ("activate -(a - 2*b)", "-a + 2*b"),
+        ("activate a then b then none", "a then b"),
+        ("activate (a then b) then a - a", "a then b"),
+        ("activate a / 4 + sqrt(4) * a - b", "2.25*a - b"),
+        ("activate 3 * (a + 0.5 * (b then a))", "3*a + 1.5*(b then a)"),
+        ("activate (a + b) then (b - a)", "(a + b) then (b - a)"),
+        ("activate a - a", "none"),
+    ],
+)
+def test_what_is_live_has_one_form(text: str, wanted: str | None) -> None:
+    live = resolved(ADAPTERS + text).live
+    assert (None if live is None else str(live)) == wanted
+    if wanted is not None:
+        assert resolved(f"{ADAPTERS} activate {wanted}").live == live
+
+
+def test_what_is_live_takes_the_values_of_a_caller() -> None:
+    text = f"{ADAPTERS} param w: float activate w*a + (1 - w)*b"
+    assert str(resolved(text, {"w": 0.25}).live) == "0.25*a + 0.75*b"
+    assert str(resolved(text, {"w": 1}).live) == "a"
+    (one,) = found(text)
+    assert one.code == "E118"
+
+
 @pytest.mark.parametrize(
     ("text", "near"),
     [
+        (f"{ADAPTERS} adapter facts {{ match /k/ apply ia3() }} activate fact", "facts"),
         ("match /q/ apply bnoe(r = 8)", "bone"),
         ("match /q/ apply lora(rsloar = true)", "rslora"),
         ("let rank = 3 match /q/ apply lora(r = rnak)", "rank"),

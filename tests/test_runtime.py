@@ -169,6 +169,92 @@ def test_two_folders_attach_beside_each_other(tmp_path: Path) -> None:
         assert torch.equal(both(x()), output)
 
 
+@pytest.mark.parametrize(
+    ("text", "live"),
+    [
+        ("", "math"),
+        ("activate code", "code"),
+        ("activate 0.5*math - code", "0.5*math - code"),
+        ("activate code then math", "code then math"),
+        ("activate none", None),
+    ],
+)
+def test_a_spec_says_what_is_live(text: str, live: str | None) -> None:
+    model, same = built(), built()
+    compiled = surgery.compile(f"{TWO} {text}", model)
+    other = surgery.compile(TWO, same)
+    nudge(compiled)
+    same.load_state_dict(model.state_dict())
+    other.activate(live)
+    assert compiled.live == other.live == live
+    assert torch.equal(model(x()), same(x()))
+    told = f"live after compilation: {live or 'none'}"
+    assert (told in str(compiled.plan)) is bool(text)
+
+
+def test_a_second_spec_changes_what_is_live_if_it_says_so() -> None:
+    model = built()
+    compiled = surgery.compile(TWO, model)
+    surgery.compile("adapter more { match third apply ia3() }", model)
+    assert compiled.live == "math"
+    surgery.compile("adapter most { match third apply ia3() } activate 2*most", model)
+    assert compiled.live == "2*most"
+    compiled.activate("math + most then more")
+    assert compiled.live == "(math + most) then more"
+
+
+def test_what_cannot_be_live_changes_nothing() -> None:
+    model = built()
+    compiled = surgery.compile(TWO, model)
+    nudge(compiled)
+    compiled.activate("math + code")
+    output = model(x())
+    for text, code in {
+        "": "E003",
+        "math +": "E003",
+        "math then": "E003",
+        "match first apply ia3()": "E003",
+        "math match first apply ia3()": "E003",
+        "2*mth": "E411",
+        "w*math": "E411",
+        "math*code": "E132",
+        "2": "E132",
+        "math/0": "E105",
+    }.items():
+        with pytest.raises(SurgeryError) as caught:
+            compiled.activate(text)
+        assert [d.code for d in caught.value.diagnostics] == [code], text
+        assert all(d.hint or d.label for d in caught.value.diagnostics)
+    assert compiled.live == "math + code"
+    assert torch.equal(model(x()), output)
+
+
+def test_one_adapter_is_saved_and_must_be_named_where_several_are_live(tmp_path: Path) -> None:
+    compiled = surgery.compile(TWO, built())
+    compiled.activate("code + 2*math")
+    said = str(refused("E416", lambda: compiled.save(tmp_path / "a")))
+    assert "`code`, `math` are live" in said
+    refused("E416", compiled.parameters)
+    refused("E411", lambda: compiled.save(tmp_path / "a", "mth"))
+    refused("E411", lambda: compiled.parameters("mth"))
+    assert not (tmp_path / "a").exists()
+    compiled.save(tmp_path / "a", "math")
+    assert "activate" not in (tmp_path / "a" / "adapter.peft").read_text()
+    compiled.activate("-2*code")
+    assert compiled.parameters().keys() == compiled.parameters("code").keys()
+
+
+def test_a_mix_is_verified() -> None:
+    spec = f"{TWO} activate 0.5*math + code"
+    seen = surgery.verify(spec, built(), lambda m: cast(Tensor, m(x())))
+    assert seen.passed
+    assert seen.mergeable
+    assert seen.start < 1e-6 < seen.effect
+    seen = surgery.verify(f"{TWO} activate none", built(), lambda m: cast(Tensor, m(x())))
+    assert seen.passed
+    assert not seen.mergeable
+
+
 def test_merging_takes_the_live_adapter() -> None:
     model = built()
     compiled = surgery.compile(TWO, model)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from surgery.algebra.axes import symbol
+from surgery.algebra.compose import Unchained, composed
 from surgery.algebra.elaborate import Elaborator
 from surgery.algebra.equations import KINDS, RESERVED, Equations
 from surgery.algebra.expr import Expr, walk
@@ -17,12 +18,13 @@ from surgery.algebra.tensors import DROP_HINT
 from surgery.algebra.ways import MAX_WAYS, each_way
 from surgery.errors import Diagnostic, Report, Span, SurgeryError
 from surgery.language import syntax as ast
+from surgery.language.library import TRAINED, trained
 
 
 def check_definition(method: ast.Method) -> tuple[Diagnostic, ...]:
     """Everything that is wrong with a definition: names, types, shapes, branches, dropout."""
     report = Report()
-    if method.kind not in KINDS:
+    if method.kind not in KINDS and not (method.name == TRAINED and method == trained()):
         report.error(
             "E112",
             f"`on {method.kind}` is not a kind of site",
@@ -48,6 +50,25 @@ def check_arguments(method: ast.Method, arguments: Mapping[str, object]) -> tupl
     report = Report()
     _check_ways(method, arguments, report)
     return tuple(report.found)
+
+
+def check_chain(links: Sequence[tuple[ast.Method, Mapping[str, object]]]) -> Unchained | None:
+    """Why sound methods at these arguments, some open, cannot follow each other in any way."""
+    refused: list[Unchained] = []
+    fits: list[bool] = []
+
+    def run(decide: Decide) -> None:
+        try:
+            composed(tuple([Elaborator(given, decide).run(method) for method, given in links]))
+        except Unchained as obstacle:
+            refused.append(obstacle)
+        except SurgeryError:
+            return  # it is said of the method itself
+        else:
+            fits.append(True)
+
+    each_way(run)
+    return refused[0] if refused and not fits else None
 
 
 def _check_signature(method: ast.Method, report: Report) -> None:

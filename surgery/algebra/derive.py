@@ -17,6 +17,7 @@ from surgery.algebra.expr import (
     IN,
     INPUT,
     MERGED,
+    ORIGIN,
     OUTPUT,
     WEIGHT,
     Expr,
@@ -58,6 +59,8 @@ class Derived:
 
     merged: None where the equation is not affine in x; `reason` says why.
     still: the same with all randomness at its expectation; what a merge evaluates.
+    beside: of a mix, the equations that run between activations, each with its number; what runs
+        as W' and b' is in `equations`.
     """
 
     equations: Equations
@@ -65,6 +68,7 @@ class Derived:
     still: Merged | None
     inverse: Inverse
     reason: str = ""
+    beside: tuple[tuple[float, Equations], ...] = ()
 
     @property
     def merge_class(self) -> MergeClass:
@@ -81,14 +85,24 @@ class Derived:
 @lru_cache(maxsize=512)
 def derive(equations: Equations, has_bias: bool) -> Derived:
     """Everything that follows from the equations at a site with or without a bias."""
-    absent: Mapping[Expr, Expr] = {} if has_bias else {BIAS: zeros(BIAS.shape)}
     try:
         merged = _merged(equations)
     except _NotAffine as obstacle:
         return Derived(equations, None, None, Inverse(None), str(obstacle))
+    return completed(equations, merged, has_bias)
+
+
+def completed(
+    equations: Equations,
+    merged: Merged,
+    has_bias: bool,
+    beside: tuple[tuple[float, Equations], ...] = (),
+) -> Derived:
+    """What follows from a merged weight and bias over W and b."""
+    absent: Mapping[Expr, Expr] = {} if has_bias else {BIAS: zeros(BIAS.shape)}
     merged = _replaced(merged, absent)
     still = _replaced(merged, {d: make("eye", size=d.shape[0]) for d in _drops(merged)})
-    return Derived(equations, merged, still, invert(still.weight))
+    return Derived(equations, merged, still, invert(still.weight), beside=beside)
 
 
 def _replaced(merged: Merged, replacements: Mapping[Expr, Expr]) -> Merged:
@@ -119,12 +133,13 @@ class _Affine:
 def _merged(equations: Equations) -> Merged:
     weight = equations.weight or WEIGHT
     bias = equations.bias or BIAS
-    inner = _Affine(make("eye", size=IN), zeros((IN,)))
+    inner = origin = _Affine(make("eye", size=IN), zeros((IN,)))
     if equations.input is not None:
-        inner = _Composer({INPUT: inner}).of(equations.input)
+        inner = _Composer({INPUT: origin}).of(equations.input)
     site = _through(weight, bias, inner)
     if equations.output is not None:
-        site = _Composer({INPUT: inner, OUTPUT: site}).of(equations.output)
+        known = {ORIGIN: origin, INPUT: inner, OUTPUT: site}
+        site = _Composer(known).of(equations.output)
     return Merged(site.matrix, site.constant)
 
 

@@ -51,7 +51,11 @@ class Random:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A declared parameter: its shape, how it begins, whether it is trained and shared."""
+    """A declared parameter: its shape, how it begins, whether it is trained and shared.
+
+    link: which of the methods at the site it is of, where one comes after another; from 0 on.
+    declared: its name in that method, where it has another here.
+    """
 
     name: str
     shape: Shape
@@ -59,6 +63,13 @@ class Parameter:
     trained: bool
     shared: bool
     span: Span = field(compare=False, repr=False)
+    link: int = 0
+    declared: str = ""
+
+    @property
+    def declared_name(self) -> str:
+        """Its name in the method that declares it."""
+        return self.declared or self.name
 
     @property
     def begins(self) -> str:
@@ -72,7 +83,8 @@ class Equations:
     """The parameters in the order declared, and W', b', x', y' where they are given.
 
     weight [out, in], bias [out], input [tokens, in], output [tokens, out]; None where the site's
-    own stays as it is.
+    own stays as it is. In `output` x is the input as `input` gives it.
+    joins: whether weight comes of a product with y, which mixes rows that groups keep apart.
     """
 
     parameters: tuple[Parameter, ...]
@@ -80,3 +92,4 @@ class Equations:
     bias: Expr | None = None
     input: Expr | None = None
     output: Expr | None = None
+    joins: bool = False

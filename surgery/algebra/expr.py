@@ -106,6 +106,7 @@ WEIGHT: Final = node("weight", (), (OUT, IN))
 BIAS: Final = node("bias", (), (OUT,))
 INPUT: Final = node("x", (), (TOKENS, IN))
 OUTPUT: Final = node("y", (), (TOKENS, OUT))
+ORIGIN: Final = node("x0", (), (TOKENS, IN))  # in y' = …, x before there was an x'
 MERGED: Final = node("merged", (), (OUT, IN))  # W', as the inverse sees it
 
 
@@ -129,7 +130,7 @@ def depends_on(root: Expr, leaf: Expr) -> bool:
 
 
 _SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/", "matmul": "@"}
-_NAMES = {"weight": "W", "bias": "b", "merged": "W'", "x": "x", "y": "y", "zeros": "0"}
+_NAMES = {"weight": "W", "bias": "b", "merged": "W'", "x": "x", "y": "y", "x0": "x0", "zeros": "0"}
 _LONGEST = 400
 
 

@@ -16,10 +16,23 @@ from torch.nn import functional as F
 from surgery.algebra.applying import Vector
 from surgery.algebra.axes import Scalar, evaluate
 from surgery.algebra.cost import apply_cost, cheapest, numbers, value_cost
-from surgery.algebra.derive import Derived
-from surgery.algebra.expr import BIAS, INPUT, OUT, OUTPUT, WEIGHT, Expr, depends_on, number, walk
+from surgery.algebra.derive import Derived, Merged
+from surgery.algebra.equations import Equations
+from surgery.algebra.expr import (
+    BIAS,
+    INPUT,
+    ORIGIN,
+    OUT,
+    OUTPUT,
+    WEIGHT,
+    Expr,
+    depends_on,
+    number,
+    walk,
+)
 from surgery.algebra.ops import OPS, through
-from surgery.algebra.rules import constant, is_zero, make
+from surgery.algebra.rules import constant, make, substitute
+from surgery.algebra.sums import difference, vanishes
 from surgery.algebra.values import Facts
 
 
@@ -138,16 +151,23 @@ class Interpreter(Evaluator):
     def run(self, derived: Derived, x: Tensor) -> Tensor:
         """The adapted output for an input, features last. Raises Unlowerable."""
         vector = Vector(x, raw=True)
-        if self.port.groups > 1 and _mixes_output(derived.equations.output):
+        mixed = derived.equations.joins or mixes_output(derived.equations.output)
+        if self.port.groups > 1 and mixed:
             raise Unlowerable("y is made group by group here, and a matrix would mix the groups")
+        if derived.beside:
+            return self._mixed(derived, vector)
         if derived.merged is None or _random(derived.merged.bias):
-            return self._activation_equations(derived, vector)
-        weight = cheapest(derived.merged.weight, apply_cost(self.domain.names))
-        applied = self._plain(self.apply(weight, vector))
-        offset = derived.merged.bias
+            return self._activation_equations(derived.equations, vector)[OUTPUT].tensor
+        return self._weights(derived.merged, vector).tensor
+
+    def _weights(self, merged: Merged, x: Vector) -> Vector:
+        """W' x + b'."""
+        weight = cheapest(merged.weight, apply_cost(self.domain.names))
+        applied = self._plain(self.apply(weight, x))
+        offset = merged.bias
         if applied.offset is not None:
             offset = make("add", applied.offset, offset)
-        return self._settled(replace(applied, offset=offset)).tensor
+        return self._settled(replace(applied, offset=offset))
 
     # ------------------------------------------------------------------------------- apply
 
@@ -277,7 +297,7 @@ class Interpreter(Evaluator):
         return replace(v, tensor=self.port.widen(v.tensor), narrow=False) if v.narrow else v
 
     def _settled(self, v: Vector) -> Vector:
-        if v.offset is None or is_zero(v.offset):
+        if v.offset is None or vanishes(v.offset):
             return replace(v, offset=None)
         return replace(v, tensor=v.tensor + self.value(v.offset), offset=None)
 
@@ -289,20 +309,41 @@ class Interpreter(Evaluator):
 
     # ------------------------------------------------------------------ activation equations
 
-    def _activation_equations(self, derived: Derived, x: Vector) -> Tensor:
-        equations = derived.equations
+    def _mixed(self, derived: Derived, x: Vector) -> Tensor:
+        """What is mixed as weights, and to it how much each of the others moves the base's y."""
+        mixed = derived.equations
+        total = self._weights(Merged(mixed.weight or WEIGHT, mixed.bias or BIAS), x)
+        for factor, equations in derived.beside:
+            changed = self._moved_output(equations, x)
+            if changed is not None:
+                changed = self.multiply(number(factor), changed) if factor != 1 else changed
+                total = self.add(total, changed, 1)
+        return total.tensor
+
+    def _moved_output(self, equations: Equations, x: Vector) -> Vector | None:
+        """Y' - y, of the y that the base gives."""
+        known = self._activation_equations(Equations(()), x)
+        if equations.weight or equations.bias or equations.input:
+            moved = self._activation_equations(equations, x)[OUTPUT]
+            return self.add(self._wide(moved), self._wide(known[OUTPUT]), -1)
+        change = difference(equations.output or OUTPUT, OUTPUT)
+        return None if change is None else self._activation(change, known)
+
+    def _activation_equations(self, equations: Equations, x: Vector) -> dict[Expr, Vector]:
+        """X as it came, x' and y', each by what an equation has for it."""
         weight, bias = equations.weight or WEIGHT, equations.bias or BIAS
-        known: dict[Expr, Vector] = {INPUT: x}
+        known: dict[Expr, Vector] = {ORIGIN: x, INPUT: x}
         if equations.input is not None:
-            known[INPUT] = self._activation(equations.input, known)
+            # Over what came, so that nothing made of it is taken for what is made of x'.
+            known[INPUT] = self._activation(substitute(equations.input, {INPUT: ORIGIN}), known)
         site = self._plain(self.apply(weight, known[INPUT]))
         offset = bias if self.has_bias or bias is not BIAS else None
         if site.offset is not None:
             offset = site.offset if offset is None else make("add", site.offset, offset)
         known[OUTPUT] = self._settled(replace(site, offset=offset))
         if equations.output is None:
-            return known[OUTPUT].tensor
-        return self._activation(equations.output, known).tensor
+            return known
+        return {**known, OUTPUT: self._activation(equations.output, known)}
 
     def _activation(self, expr: Expr, known: dict[Expr, Vector]) -> Vector:
         if expr not in known:
@@ -340,7 +381,7 @@ class Interpreter(Evaluator):
         return self._wide(features)
 
 
-def _mixes_output(output: Expr | None) -> bool:
+def mixes_output(output: Expr | None) -> bool:
     """Whether y' is made of a matrix by something that is made of y."""
     products = () if output is None else walk(output)
     return any(e.op == "matmul" and depends_on(e.args[0], OUTPUT) for e in products)

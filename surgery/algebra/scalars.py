@@ -90,8 +90,8 @@ class Scalars:
                 return self(expr.then if self.holds(expr.condition) else expr.other)
             case ast.Call():
                 return self.call(expr)
-            case ast.Subscript() | ast.Slice():
-                return self.subscript(expr)
+            case ast.Subscript() | ast.Slice() | ast.LiveThen():
+                return self._of_others(expr)
             case _:
                 assert_never(expr)
 
@@ -149,9 +149,17 @@ class Scalars:
         """The value, which must be a number."""
         return as_number(self(expr), expr)
 
+    def _of_others(self, expr: ast.Subscript | ast.Slice | ast.LiveThen) -> object:
+        """What there is only between tensors, or between adapters."""
+        return self.in_turn(expr) if isinstance(expr, ast.LiveThen) else self.subscript(expr)
+
     def subscript(self, expr: ast.Subscript | ast.Slice) -> object:
         """`A[:, :in]`, which numbers do not have."""
         refuse("E102", "only a tensor can be sliced", expr.span, hint="slices stand in methods")
+
+    def in_turn(self, expr: ast.LiveThen) -> object:
+        """`a then b`, which numbers do not have."""
+        refuse("E102", "`then` stands only between adapters", expr.span, hint="numbers have `*`")
 
     def call(self, expr: ast.Call) -> object:
         """A function of numbers."""

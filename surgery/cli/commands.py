@@ -6,7 +6,7 @@ What is slow to import is imported inside a command, so that `--help` does not w
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,12 +14,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import surgery
-from surgery.cli.inputs import check_output, parse_values, read_model, read_spec, title
+from surgery.cli.inputs import (
+    check_output,
+    check_program,
+    parse_values,
+    read_model,
+    read_spec,
+    title,
+)
 from surgery.cli.output import command, steps
 from surgery.errors import Diagnostic, SurgeryError, refuse
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from surgery.artifact import SaveReport
     from surgery.language.syntax import Spec
@@ -43,7 +50,7 @@ ModelArgument = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A folder with a config.json, a hub id, or python:package.module:factory.",
+        help="A folder with a config.json, a hub id, a .pt2 file, or python:package.mod:factory.",
     ),
 ]
 SetOption = Annotated[
@@ -52,7 +59,13 @@ SetOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout.")]
 SeedOption = Annotated[int, typer.Option(help="The seed of the random beginnings.")]
-TrustOption = Annotated[bool, typer.Option("--trust", help="Let MODEL run code (python:…).")]
+TrustOption = Annotated[
+    bool, typer.Option("--trust", help="Let MODEL run code (python:…, or what a .pt2 file holds).")
+]
+ProgramOption = Annotated[
+    Path | None,
+    typer.Option("--program", metavar="FILE", help="Of a .pt2 MODEL: the adapted one to write."),
+]
 OutputOption = Annotated[
     Path, typer.Option("--output", "-o", metavar="OUT", help="The folder to write the adapter to.")
 ]
@@ -252,6 +265,7 @@ def compile_(
     seed: SeedOption = 0,
     force: ForceOption = False,
     trust: TrustOption = False,
+    program: ProgramOption = None,
     json: JsonOption = False,
 ) -> None:
     """Put a spec's adapters on a model, and write them to a folder ready to train or attach.
@@ -262,14 +276,22 @@ def compile_(
     with command(json) as result, steps(3) as step:
         read = read_spec(spec)
         check_output(output, force)
+        check_program(program, model)
         step("reading the model")
         base = read_model(model, meta=False, trust=trust)
         step("compiling")
         compiled = surgery.compile(read, base, seed=seed, values=values)
         step("writing")
         saved = _save(compiled, output)
-        result.text = "\n".join([str(compiled.plan), "", *_written(saved)])
+        lines = [str(compiled.plan), "", *_written(saved)]
         result.data = {**compiled.plan.as_json(), "saved": [*map(_saved_json, saved)]}
+        if program is not None:
+            from surgery.integrations.programs import save_program
+
+            save_program(program, compiled.export())
+            lines.append(f"the adapted program is in {program}")
+            result.data = {**result.data, "program": str(program)}
+        result.text = "\n".join(lines)
 
 
 Saved = tuple[str, Path, "SaveReport"]
@@ -310,23 +332,23 @@ def verify(
     """Try a spec on a model: does merging agree with the forward, and does the base come back?"""
     values = parse_values(sets or [])
     with command(json) as result, steps(9) as step:
-        from surgery.integrations.transformers import example_inputs
+        from surgery.integrations.programs import example_inputs
 
         read = read_spec(spec)
         step("reading the model")
         base = read_model(model, meta=False, trust=trust)
-        inputs = example_inputs(base)
+        args, kwargs = example_inputs(base)
         seen = surgery.verify(
-            read, base, lambda m: _run(m, inputs), seed=seed, values=values, progress=step
+            read, base, lambda m: _run(m, args, kwargs), seed=seed, values=values, progress=step
         )
         result.text, result.data, result.passed = str(seen), seen.as_json(), seen.passed
 
 
-def _run(model: nn.Module, inputs: dict[str, Tensor]) -> object:
+def _run(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
     try:
-        return model(**inputs)
+        return model(*args, **kwargs)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        asked = ", ".join(inputs)
+        asked = ", ".join(kwargs) or "those of the program"
         refuse(
             "E413",
             f"the model does not run on example inputs ({asked}): {error}",

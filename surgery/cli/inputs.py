@@ -15,6 +15,7 @@ from surgery.errors import refuse
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.export import ExportedProgram
 
     from surgery.language.syntax import Spec
 
@@ -67,14 +68,31 @@ def parse_values(pairs: list[str], option: str = "--set") -> dict[str, str]:
     return values
 
 
-def read_model(reference: str, *, meta: bool, trust: bool) -> nn.Module:
-    """The model of a folder, a hub id or a factory. Raises ArtifactError."""
+def read_model(reference: str, *, meta: bool, trust: bool) -> nn.Module | ExportedProgram:
+    """The model of a folder, a hub id, a program's file or a factory. Raises ArtifactError."""
+    from surgery.integrations.programs import SUFFIX, load_program
+
+    if reference.endswith(SUFFIX):
+        return load_program(reference, trust=trust)
     from surgery.integrations.transformers import PYTHON, load_model
 
     if trust and reference.startswith(PYTHON):
         # An installed command does not look for modules where it is run, and `python -m` does.
         sys.path.insert(0, os.getcwd())
     return load_model(reference, meta=meta, trust=trust)
+
+
+def check_program(program: Path | None, model: str) -> None:
+    """Refuse, before any work is done, a program that there cannot be, or in a folder's place."""
+    from surgery.integrations.programs import SUFFIX
+
+    if program is None:
+        return
+    named = program.name.endswith(SUFFIX) and model.endswith(SUFFIX)
+    if not named:
+        raise typer.BadParameter(f"both it and MODEL end in {SUFFIX}", param_hint="--program")
+    if program.is_dir():
+        refuse("E520", f"`{program}` is a folder", hint="name a file")
 
 
 def check_output(directory: Path, force: bool) -> None:

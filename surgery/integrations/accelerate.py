@@ -162,12 +162,12 @@ def _slot_of(module: nn.Module, name: str) -> Slot:
     return _slot(hook.weights_map, f"{prefix}{name}")
 
 
-def _applies(module: nn.Module) -> bool:
+def _applies(module: nn.Module, name: str) -> bool:
     # At rest only: during a call the data is on the module, and it is an ordinary one.
-    weight = parameters_of(module).get("weight")
+    weight = parameters_of(module).get(name)
     if type(weight) is not nn.Parameter or not weight.is_meta or _offloading(module) is None:
         return False
-    slot = _slot_of(module, "weight")
+    slot = _slot_of(module, name)
     return slot.held() is not None or slot.filed is not None
 
 
@@ -204,8 +204,9 @@ def _hold(module: nn.Module, name: str, tensor: Tensor) -> None:
     hook, prefix = found
     _slot(hook.weights_map, f"{prefix}{name}").hold(tensor)
     # Removing the hook brings back what is listed here; a new bias goes where its weight goes.
-    if f"{prefix}weight" in hook.original_devices:
-        home = hook.original_devices[f"{prefix}weight"]
+    beside = (f"{prefix}{other}" for other in parameters_of(module))
+    home = next((hook.original_devices[n] for n in beside if n in hook.original_devices), None)
+    if home is not None:
         hook.original_devices.setdefault(f"{prefix}{name}", home)
 
 

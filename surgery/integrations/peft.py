@@ -15,6 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from surgery.arguments import Link
 from surgery.artifact import CONFIG, TENSORS, Loaded, taken
 from surgery.check import DEFAULT_ADAPTER, Arguments, Names, Resolved
 from surgery.errors import Diagnostic, Report, Source, Span, refuse
@@ -74,7 +75,9 @@ def read_peft(directory: Path, model: nn.Module) -> Loaded:
     base = _base_keys(file, model)
     chosen = _choose(library, config, [k for k in file.shapes if k not in base], model)
     span = config.span("peft_type")
-    assignments = tuple(Assignment(p, chosen.method, a, span) for p, a in chosen.sites.items())
+    assignments = tuple(
+        Assignment(p, (Link(chosen.method, a),), span) for p, a in chosen.sites.items()
+    )
     spec = ast.Spec((), span=config.source)
     resolved = Resolved(spec, library, Names({}, {}), ((DEFAULT_ADAPTER, ()),))
     plan = plan_assignments(resolved, model, assignments, DEFAULT_ADAPTER)

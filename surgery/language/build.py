@@ -40,9 +40,21 @@ def _clause(name: str) -> Builder:
 
 
 def _match(span: Span, children: Sequence[Any]) -> ast.Match:
-    (application,) = _only(ast.Application, children)
+    first, *then = _only(ast.Application, children)
     tie = dict(_only(_Clause, children)).get("tie")
-    return ast.Match(_selection(span, children), application, tie, span=span)
+    return ast.Match(_selection(span, children), first, tie, tuple(then), span=span)
+
+
+def _train(span: Span, children: Sequence[Any]) -> ast.Train:
+    (verb,) = _only(_Verb, children)
+    tie = dict(_only(_Clause, children)).get("tie")
+    return ast.Train(cast("ast.Verb", str(verb)), _selection(span, children), tie, span=span)
+
+
+class _Verb(str):
+    """What a statement begins with, until the statement takes it up."""
+
+    __slots__ = ()
 
 
 def _selection(span: Span, children: Sequence[Any]) -> ast.Selection:
@@ -87,7 +99,15 @@ def _let(span: Span, children: Sequence[Any]) -> ast.Let:
 
 
 def _adapter(span: Span, children: Sequence[Any]) -> ast.Adapter:
-    return ast.Adapter(str(children[0]), _only(ast.Match, children), span=span)
+    return ast.Adapter(str(children[0]), _only((ast.Match, ast.Train), children), span=span)
+
+
+def _activate(span: Span, children: Sequence[Any]) -> ast.Activate:
+    return ast.Activate(children[0], span=span)
+
+
+def _live_then(span: Span, children: Sequence[Any]) -> ast.LiveThen:
+    return ast.LiveThen(children[0], children[1], span=span)
 
 
 def _first_text(span: Span, children: Sequence[Any]) -> str:
@@ -108,6 +128,10 @@ def _glob(span: Span, children: Sequence[Any]) -> ast.Glob:
 
 def _role_of(span: Span, children: Sequence[Any]) -> ast.Role:
     return ast.Role(str(children[0])[1:], span=span)
+
+
+def _rows_of(span: Span, children: Sequence[Any]) -> ast.Rows:
+    return ast.Rows(*children, span=span)
 
 
 def _either(span: Span, children: Sequence[Any]) -> ast.Either:
@@ -315,6 +339,8 @@ def _subscript(span: Span, children: Sequence[Any]) -> ast.Subscript:
 BUILDERS: Mapping[str, Builder] = {
     "start": _spec,
     "match": _match,
+    "train": _train,
+    "verb": lambda span, children: _Verb(children[0]),
     "in_scope": _in_scope,
     "where": _clause("where"),
     "except": _clause("except"),
@@ -324,10 +350,13 @@ BUILDERS: Mapping[str, Builder] = {
     "param": _param,
     "let": _let,
     "adapter": _adapter,
+    "activate": _activate,
+    "live_then": _live_then,
     "type": _first_text,
     "regex": _regex,
     "glob": _glob,
     "role_of": _role_of,
+    "rows_of": _rows_of,
     "either": _either,
     "both": _both,
     "without": _complement,

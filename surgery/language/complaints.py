@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import Diagnostic, Source, Span
-from surgery.language.outline import LATER, STATEMENTS
+from surgery.language.outline import STATEMENTS
 
 if TYPE_CHECKING:
     from lark import Lark
@@ -59,7 +59,10 @@ _GROUPS: tuple[tuple[str, frozenset[str], frozenset[str]], ...] = (
 _ITEMS = ("train", "frozen", "shared", "let", "if", "else")
 _WORD_BEFORE = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)\s*$")
 _QUOTES = 'texts stand in double quotes, as in `"out"`'
-_CLAUSES = "the order is: match S in SCOPE where COND except S apply METHOD(name = value) expect N"
+_CLAUSES = (
+    "the order is: match S in SCOPE where COND except S apply METHOD(name = value) "
+    "then METHOD(name = value) expect N"
+)
 _LONGEST = 40
 
 _ALSO = "`A | B` selects what either does"
@@ -71,7 +74,7 @@ _SCOPES = "a scope is a path of containers, or some of them: `in a[0:2].b | c[*]
 # What other notations have where this one has something else: by terminals that may come there.
 _INSTEAD: tuple[tuple[frozenset[str], Mapping[str, str]], ...] = (
     (
-        frozenset({"APPLY", "AMPERSAND"}),
+        frozenset({"AMPERSAND"}),
         {"or": _ALSO, ",": _ALSO, "+": _ALSO, "-": _MINUS, "and": "`A & B` selects what both do"},
     ),
     (
@@ -79,8 +82,8 @@ _INSTEAD: tuple[tuple[frozenset[str], Mapping[str, str]], ...] = (
         {"|": _ONCE, "&": _ONCE, "!": "`not A` selects what A does not", "@": _ROLE},
     ),
     (frozenset({"REGEX"}), {"(": _SCOPES, "not": _SCOPES, "@": _ROLE}),
-    (frozenset({"APPLY", "DOT"}), {"&": _SCOPES, "and": _SCOPES, ",": _SCOPES}),
-    (frozenset({"APPLY", "COMPARISON"}), {"=": "`==` compares, as in `type == Linear`"}),
+    (frozenset({"DOT"}), {"&": _SCOPES, "and": _SCOPES, ",": _SCOPES}),
+    (frozenset({"EXCEPT", "COMPARISON"}), {"=": "`==` compares, as in `type == Linear`"}),
 )
 
 
@@ -194,13 +197,8 @@ def _is_unclosed(place: Place) -> bool:
 
 def _later(place: Place) -> str:
     """What a later version would read here, if anything."""
-    text = place.text
-    rest = place.source.text[place.start :]
-    if text in LATER:
-        return f"`{text}` is"
-    if rest.startswith(":="):
-        return "an equation with `:=` is"
-    return ""
+    assigned = place.source.text.startswith(":=", place.start)
+    return "an equation with `:=` is" if assigned else ""
 
 
 def _nearest(place: Place) -> str:
@@ -215,7 +213,7 @@ def _advice(place: Place) -> str:
     for terminals, advice in _INSTEAD:
         if terminals <= place.expected and place.text in advice:
             return advice[place.text]
-    clause = place.text in ("in", "where", "except")
+    clause = place.text in ("in", "where", "except", "then")
     if clause and not place.expected.isdisjoint({"MATCH", "APPLY"}):
         return _CLAUSES
     return _hint(place.wanted)

@@ -8,7 +8,10 @@ from functools import lru_cache
 
 from surgery.language import syntax as ast
 from surgery.language.parse import load
-from surgery.resources import formats_dir, methods_dir
+from surgery.resources import formats_dir, methods_dir, statements_dir
+
+TRAINED = "trained"
+"""The method that `train` and `save` put on a parameter; no other may have its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,14 @@ def _standard_method(name: str) -> ast.Method | None:
     spec = load(methods_dir() / f"{name}.peft")
     found = (s for s in spec.statements if isinstance(s, ast.Method) and s.name == name)
     return next(found, None)
+
+
+@lru_cache(maxsize=1)
+def trained() -> ast.Method:
+    """What `train` and `save` put on a parameter."""
+    (method,) = load(statements_dir() / f"{TRAINED}.peft").statements
+    assert isinstance(method, ast.Method)
+    return method
 
 
 @lru_cache(maxsize=1)

@@ -13,18 +13,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-STATEMENTS = frozenset({"match", "optional", "param", "let", "adapter", "method", "format", "use"})
+# What a selector stands behind.
+_SELECTING = frozenset({"match", "train", "save"})
 
-# What statements of later versions begin with. These words may be names inside a statement of this
-# one, so they count at the beginning of a line only.
-LATER_STATEMENTS = frozenset({"train", "save", "activate"})
+STATEMENTS = _SELECTING | {
+    *("optional", "param", "let", "adapter", "activate", "method", "format", "use")
+}
 
-# Words that later versions of the language give a meaning; none of them may be a name today.
-LATER = frozenset({"then", *LATER_STATEMENTS})
-RESERVED = frozenset({"share", "untie", "at", "init", "lr", "stack", "parallel", "average", "fuse"})
+# Words that have a meaning in the language, or will have one; none of them may be a name.
+RESERVED = frozenset(
+    {"then", "share", "untie", "at", "init", "lr", "stack", "parallel", "average", "fuse"}
+)
 
 # What stands inside an adapter.
-_INSIDE = frozenset({"match", "optional"})
+_INSIDE = _SELECTING | {"optional"}
+
+# What begins items of a method as well, where it begins no statement.
+_ITEMS = frozenset({"train"})
 
 _SKIP = r"""(?P<skip>\#[^\n]*|"[^"\n]*")"""
 _BRACKETS = r"(?P<open>[(\[{])|(?P<close>[)\]}])"
@@ -110,7 +115,7 @@ class Outline:
         level, statement, before = 0, "", ""
         for lexeme in self.lexemes:
             level += change.get(lexeme.start, 0)
-            continued = (before, lexeme.text) == ("optional", "match")
+            continued = before == "optional" and lexeme.text in _SELECTING
             before = lexeme.text
             if continued:
                 continue
@@ -143,14 +148,16 @@ def _opener(waiting: list[Lexeme], bracket: str) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class _Clause:
-    """Where in a `match` a text is: behind which word of it, and how deep the `match` stands."""
+    """Where in a `match` or `train` a text is: behind which word, and how deep that stands."""
 
     word: str
     depth: int
 
     def selects(self, depth: int) -> bool:
         """Whether there are selectors at a depth; else there are expressions."""
-        return self.word in ("match", "except") or (self.word == "in" and depth == self.depth)
+        if self.word == "in":
+            return depth == self.depth
+        return self.word == "except" or self.word in _SELECTING
 
     def ends_at(self, word: str, depth: int) -> bool:
         """Whether a word ends the clause; in an expression `in` is a name."""
@@ -163,7 +170,7 @@ _NONE = _Clause("", 0)
 
 def _lexemes(text: str) -> Iterator[Lexeme]:
     at = depth = 0
-    clause = _NONE
+    clause, top = _NONE, ""
     while found := (_SELECTOR if clause.selects(depth) else _CODE).search(text, at):
         word, start, first = found.group(), found.start(), _first(text, at, found.start())
         at = found.end()
@@ -176,8 +183,11 @@ def _lexemes(text: str) -> Iterator[Lexeme]:
                 yield Lexeme("close", word, start, depth)
             case "word" if clause.ends_at(word, depth):
                 clause = _NONE if word == "apply" else _Clause(word, clause.depth)
-            case "word" if _leads(word, first, clause.selects(depth)):
-                clause = _Clause(word, depth) if word == "match" else _NONE
+            case "word" if word in _ITEMS and top == "method" and depth:
+                continue
+            case "word" if word in STATEMENTS and (first or not clause.selects(depth)):
+                clause = _Clause(word, depth) if word in _SELECTING else _NONE
+                top = top if depth else word
                 yield Lexeme("word", word, start, depth)
             case _:
                 continue
@@ -187,9 +197,3 @@ def _first(text: str, before: int, start: int) -> bool:
     """Whether a lexeme is the first of its line; the one before ended at `before`."""
     gap = text[before:start]
     return (before == 0 or "\n" in gap) and not gap.rpartition("\n")[2].strip()
-
-
-def _leads(word: str, first: bool, in_selector: bool) -> bool:
-    if first:
-        return word in STATEMENTS or word in LATER_STATEMENTS
-    return word in STATEMENTS and not in_selector

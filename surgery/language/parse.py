@@ -13,7 +13,7 @@ from lark.exceptions import UnexpectedInput
 from surgery.errors import Diagnostic, Report, Source, Span, error_of, refuse
 from surgery.language import syntax as ast
 from surgery.language.build import BUILDERS
-from surgery.language.outline import LATER, RESERVED, Outline, Piece, outline
+from surgery.language.outline import RESERVED, Outline, Piece, outline
 from surgery.language.tables import load_parser
 
 MAX_BYTES = 256 * 1024
@@ -102,6 +102,24 @@ def parse(text: str, name: str = "<spec>") -> ast.Spec:
             hint="a spec is at least one statement: `match /q_proj|v_proj/ apply METHOD(r=8)`",
         )
     return spec
+
+
+_ACTIVATE = "activate "
+
+
+def parse_live(text: str, name: str = "<activate>") -> ast.Expression:
+    """What would stand behind `activate`. Raises SpecSyntaxError as `parse`."""
+    spec = parse(f"{_ACTIVATE}{text}", name)
+    match spec.statements:
+        case (ast.Activate(expression),):
+            return expression
+        case _:
+            refuse(
+                "E003",
+                "this is more than one statement",
+                spec.statements[-1].span,
+                hint="write a sum of adapters, such as `0.7*a + 0.3*b`",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +251,7 @@ def _misused(parts: Iterable[Any], source: Source, base: int) -> Iterator[Diagno
             yield from _unnamed(part, source, base)
         # The name of a config field is another program's, so any word will do.
         for child in part.children[1 if part.data == "field" else 0 :]:
-            if getattr(child, "type", "") == "NAME" and child in RESERVED | LATER:
+            if getattr(child, "type", "") == "NAME" and child in RESERVED:
                 yield Diagnostic(
                     "E003",
                     f"`{child}` is reserved: it cannot be a name",

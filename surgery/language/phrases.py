@@ -29,6 +29,7 @@ _BINDING: Mapping[str, tuple[int, int, int]] = {
     **dict.fromkeys(("*", "/", "//", "%", "@"), (_PRODUCT, _PRODUCT, _UNARY)),
     "**": (_POWER, _POSTFIX, _UNARY),
 }
+_THEN = -1  # looser than all else, and only behind `activate`
 # The same of the operators between selectors.
 _EITHER, _BOTH, _COMPLEMENT = range(3)
 
@@ -49,6 +50,8 @@ def _level(node: ast.Node) -> int:
             return _EXPRESSION
         case ast.Binary(operator):
             return _BINDING[operator][0]
+        case ast.LiveThen():
+            return _THEN
         case ast.Unary("not"):
             return _NEGATION
         case ast.Unary():
@@ -122,7 +125,9 @@ def _binary(node: ast.Binary) -> Doc:
     return _infix(node, left, node.operator, right)
 
 
-def _infix(node: ast.Binary | ast.Either | ast.Both, left: int, sign: str, right: int) -> Doc:
+def _infix(
+    node: ast.Binary | ast.LiveThen | ast.Either | ast.Both, left: int, sign: str, right: int
+) -> Doc:
     # Brackets that only help to read are kept. Written with them, the whole begins before its left
     # part does, or ends behind its right one.
     left = _POSTFIX if node.span.start < node.left.span.start else left
@@ -170,6 +175,10 @@ def _glob(node: ast.Glob) -> Doc:
 
 def _role(node: ast.Role) -> Doc:
     return f"@{node.name}"
+
+
+def _rows(node: ast.Rows) -> Doc:
+    return (phrase(node.pattern), "[", phrase(node.rows), "]")
 
 
 def _either(node: ast.Either) -> Doc:
@@ -244,12 +253,22 @@ def _clauses(head: Doc, clauses: Iterable[Doc]) -> Doc:
 def _match(node: ast.Match) -> Doc:
     selection = node.selection
     clauses: list[Doc] = [("apply ", phrase(node.application))]
+    clauses += [("then ", phrase(application)) for application in node.then]
     if node.tie is not None:
         clauses.append(node.tie)
     if selection.expect is not None:
         clauses.append(("expect ", phrase(selection.expect)))
     head = "optional match " if selection.optional else "match "
     return _clauses((head, phrase(selection)), clauses)
+
+
+def _train(node: ast.Train) -> Doc:
+    selection = node.selection
+    clauses: list[Doc] = [] if node.tie is None else [node.tie]
+    if selection.expect is not None:
+        clauses.append(("expect ", phrase(selection.expect)))
+    optional = "optional " if selection.optional else ""
+    return _clauses((f"{optional}{node.verb} ", phrase(selection)), clauses)
 
 
 def _declared(node: ast.Param | ast.Argument) -> Doc:
@@ -264,6 +283,14 @@ def _param(node: ast.Param) -> Doc:
 
 def _let(node: ast.Let, level: int = _EXPRESSION) -> Doc:
     return (f"let {node.name} = ", _at(level, node.value))
+
+
+def _activate(node: ast.Activate) -> Doc:
+    return ("activate ", Nest(phrase(node.expression)))
+
+
+def _live_then(node: ast.LiveThen) -> Doc:
+    return _infix(node, _THEN, "then", _SUM)
 
 
 def _use(node: ast.Use) -> Doc:
@@ -340,6 +367,7 @@ PHRASES: Mapping[type[ast.Node], Callable[[Any], Doc]] = {
     ast.Regex: _regex,
     ast.Glob: _glob,
     ast.Role: _role,
+    ast.Rows: _rows,
     ast.Either: _either,
     ast.Both: _both,
     ast.Complement: _complement,
@@ -350,8 +378,11 @@ PHRASES: Mapping[type[ast.Node], Callable[[Any], Doc]] = {
     ast.Application: _application,
     ast.Selection: _selection,
     ast.Match: _match,
+    ast.Train: _train,
     ast.Param: _param,
     ast.Let: _let,
+    ast.Activate: _activate,
+    ast.LiveThen: _live_then,
     ast.Use: _use,
     ast.Argument: _declared,
     ast.Draw: _draw,

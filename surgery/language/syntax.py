@@ -105,7 +105,27 @@ class Subscript(Node):
     items: tuple[Slice, ...]
 
 
-Expression = Number | Text | Truth | Name | Call | Binary | Unary | Conditional | Slice | Subscript
+@node
+class LiveThen(Node):
+    """`a then b`: an adapter on the model that has another already; only behind `activate`."""
+
+    left: Expression
+    right: Expression
+
+
+Expression = (
+    Number
+    | Text
+    | Truth
+    | Name
+    | Call
+    | Binary
+    | Unary
+    | Conditional
+    | Slice
+    | Subscript
+    | LiveThen
+)
 
 # ------------------------------------------------------------------- selectors and scopes
 
@@ -157,7 +177,15 @@ class Complement(Node):
     operand: Selector
 
 
-Selector = Pattern | Either | Both | Complement
+@node
+class Rows(Node):
+    """`q_proj[0:64]`: of each thing that the pattern takes, some rows of W[out, in]."""
+
+    pattern: Pattern
+    rows: Slice
+
+
+Selector = Pattern | Either | Both | Complement | Rows
 
 
 @node
@@ -217,12 +245,14 @@ class Selection(Node):
 
 
 Tie = Literal["share", "untie"]
+Verb = Literal["train", "save"]
 
 
 @node
 class Match(Node):
-    """`match SELECTION apply M(args) share`.
+    """`match SELECTION apply M(args) then N(args) share`.
 
+    `then` holds what is applied after `application`, each to the site as all before it leave it.
     `tie` says what becomes of a weight that several layers share: all of them change, or the
     selected one gets a weight of its own.
     """
@@ -230,6 +260,25 @@ class Match(Node):
     selection: Selection
     application: Application
     tie: Tie | None = None
+    then: tuple[Application, ...] = ()
+
+    @property
+    def applications(self) -> tuple[Application, ...]:
+        """All that is applied, in order."""
+        return (self.application, *self.then)
+
+
+@node
+class Train(Node):
+    """`train SELECTION share`: copies of parameters; `save SELECTION`: those of whole modules."""
+
+    verb: Verb
+    selection: Selection
+    tie: Tie | None = None
+
+
+Selecting = Match | Train
+"""The statements that put something on sites."""
 
 
 ValueType = Literal["int", "float", "text", "bool"]
@@ -264,7 +313,17 @@ class Adapter(Node):
     """`adapter code { … }`."""
 
     name: str
-    body: tuple[Match, ...]
+    body: tuple[Selecting, ...]
+
+
+@node
+class Activate(Node):
+    """`activate 0.7*a + 0.3*b`: what is live after compilation.
+
+    A name in it is an adapter, or else a `param` or `let`.
+    """
+
+    expression: Expression
 
 
 # --------------------------------------------------------------------------------- methods
@@ -378,7 +437,7 @@ class Format(Node):
     tensors: tuple[Tensor, ...]
 
 
-Statement = Match | Param | Let | Adapter | Method | Format | Use
+Statement = Match | Train | Param | Let | Adapter | Activate | Method | Format | Use
 
 
 @node

@@ -55,9 +55,12 @@ def foreign_config(plan: Plan, adapter: str, name: str) -> ForeignConfig | Reaso
     DefinitionError for a format statement that is itself wrong.
     """
     sites = [s for s in plan.sites if s.adapter == adapter]
-    methods = tuple(dict.fromkeys(s.form.method.name for s in sites))
-    if not methods:
+    if not sites:
         return Reason("the adapter has no site")
+    chain = next((s for s in sites if len(s.form.links) > 1), None)
+    if chain is not None:
+        return Reason(f"{name} has one method a layer, and `{chain.path}` has {chain.form.named}")
+    methods = tuple(dict.fromkeys(s.form.method.name for s in sites))
     if len(methods) != 1:
         return Reason(f"{name} has one method an adapter, and this has {' and '.join(methods)}")
     if any(site.site.tie == "share" for site in sites):

@@ -29,6 +29,7 @@ class Row:
 
     site: the dotted path; "" for the root, and for a shared parameter.
     shape: in the method's layout, in elements; that of the adapted model and of native files.
+    copy: whether it is a copy of a tensor of the base, which has its key in native files.
     """
 
     adapter: str
@@ -38,6 +39,7 @@ class Row:
     native: str
     shape: tuple[int, ...]
     spellings: tuple[Spelling, ...] = ()
+    copy: bool = False
 
     def key(self, form: str) -> str | None:
         """Its key in a form: `adapted`, `native` or a format; None where that has none."""
@@ -85,8 +87,11 @@ class StateDictMapping:
         forms = {s.format for row in self.rows for s in row.spellings}
         for adapter in self.adapters or ("",):
             for form in (ADAPTED, NATIVE, *sorted(forms)):
-                keys = [row.key(form) for row in self.rows if row.adapter == adapter]
-                _check_distinct([*self.base, *(k for k in keys if k is not None)], form, report)
+                rows = [row for row in self.rows if row.adapter == adapter]
+                keys = [key for row in rows if (key := row.key(form)) is not None]
+                stand_in = {row.key(form) for row in rows if row.copy}
+                base = (key for key in self.base if key not in stand_in)
+                _check_distinct([*base, *keys], form, report)
         report.stop()
 
     @cached_property
@@ -121,6 +126,8 @@ class StateDictMapping:
         report, renamed = Report(), dict[str, Tensor]()
         index = self.index(source, adapter)
         others = {row.key(source) for row in self.rows} - index.keys()
+        if source == ADAPTED:  # a copy stands for the base's own, under its key
+            others |= {row.key(to) for row in index.values() if row.copy}
         for key, tensor in state_dict.items():
             row = index.get(key)
             if row is None:
@@ -190,7 +197,8 @@ def _row_from(data: dict[str, Any]) -> Row:
         for s in data["spellings"]
     )
     text = (str(data[n]) for n in ("adapter", "site", "name", "adapted", "native"))
-    return Row(*text, shape=tuple(map(int, data["shape"])), spellings=tuple(spellings))
+    shape, copy = tuple(map(int, data["shape"])), data.get("copy", False) is True
+    return Row(*text, shape=shape, spellings=tuple(spellings), copy=copy)
 
 
 # --------------------------------------------------------------------------------- from a plan
@@ -223,14 +231,16 @@ def _site_rows(
     for p in form.parameters:
         if p.shared:
             continue
+        copy = p.name in form.lying
         yield Row(
             site.adapter,
             site.path,
             p.name,
             site.adapted(p.name),
-            prefix + natives[p.name],
-            form.shapes[p.name],
+            site.path if copy else prefix + natives[p.name],
+            form.stored[p.name],
             tuple(_at(s, prefix) for s in known[id(form)].get(p.name, ())),
+            copy,
         )
 
 
@@ -243,7 +253,8 @@ def _spellings(
     known: Formats, form: SiteClass, path: str
 ) -> Iterator[tuple[str, tuple[Spelling, ...]]]:
     """For each parameter of a class of sites, how every format spells it at a path."""
-    formats = known(form.method.name)
+    # No format has a place for methods that follow each other.
+    formats = known(form.method.name) if len(form.links) == 1 else ()
     found: dict[str, list[Spelling]] = {}
     for name in dict.fromkeys(f.name for f in formats):
         chosen = chosen_format(tuple(f for f in formats if f.name == name), form)
@@ -290,7 +301,7 @@ def _shared_spellings(
     plan: Plan, shared: SharedParameter, formats: Formats
 ) -> tuple[Spelling, ...]:
     for site in plan.sites:
-        mine = (site.adapter, site.form.method.name, site.form.arguments)
-        if mine == (shared.adapter, shared.method, shared.arguments):
+        owners = {site.form.bank(site.adapter, p) for p in site.form.parameters if p.shared}
+        if len(site.form.links) == 1 and shared.key in owners:
             return dict(_spellings(formats, site.form, site.path)).get(shared.parameter.name, ())
     return ()

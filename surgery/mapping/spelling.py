@@ -15,6 +15,7 @@ from surgery.check import Arguments
 from surgery.errors import refuse
 from surgery.language import syntax as ast
 from surgery.model.layers import Geometry, Sizes
+from surgery.model.parts import WHOLE
 from surgery.planned import SiteClass
 
 _AXIS = re.compile(r"[A-Za-z_]\w*")
@@ -141,7 +142,7 @@ def rows_of(fmt: ast.Format, form: SiteClass) -> dict[str, ast.Tensor] | str:
     place, rows = place_of(form), dict[str, ast.Tensor]()
     for parameter in form.parameters:
         row = place.row(fmt, parameter.name)
-        if row is None or form.part is not None or form.mode == "value":
+        if row is None or form.at != WHOLE or form.mode == "value":
             return parameter.name
         _check_layout(place.spelling(fmt, row, "", shared=False), form, row)
         rows[row.name] = row

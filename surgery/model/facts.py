@@ -12,11 +12,10 @@ from surgery.algebra.filters import FACTS, WORDS
 from surgery.algebra.mentions import names as mentioned
 from surgery.algebra.mentions import nodes
 from surgery.language import syntax as ast
+from surgery.model.candidates import Candidate
 from surgery.model.holder import parameters_of
-from surgery.model.inventory import Inventory, sizes_of
-from surgery.model.layers import base_class
+from surgery.model.inventory import Inventory, joined, sizes_of
 from surgery.model.nearest import closest, listing
-from surgery.model.parts import Part
 from surgery.model.scopes import Region
 
 Facts = Mapping[str, object]
@@ -43,29 +42,30 @@ class Classes(str):
         return str.__hash__(self)
 
 
-def facts_of(index: int, region: Region, inventory: Inventory, part: Part | None = None) -> Facts:
+def facts_of(index: int, region: Region, inventory: Inventory, one: Candidate) -> Facts:
     """The facts of a candidate by name; only those that it has.
 
     There is no `layer` outside of lists, no `in` and `out` of an unknown kind, and no `numel` and
     `dtype` of a weight that is computed from other parameters.
     """
-    entry = inventory.entries[index]
-    weight = parameters_of(entry.module).get("weight")
+    entry, at = inventory.entries[index], one.at
+    weight = parameters_of(entry.module).get(at.parameter)
     layer = entry.layer if region.layer is None else region.layer
+    full = joined(inventory.entries[entry.first].path, at.parameter)
     facts: dict[str, object] = {
-        "type": _classes(base_class(entry.module)),
-        "name": entry.name,
-        "path": entry.path,
-        "tied": inventory.entries[entry.first].path in inventory.ties,
+        "type": _classes(entry.cls),
+        "name": one.path.rpartition(".")[2],
+        "path": one.path,
+        "tied": full in inventory.ties,
     }
     if layer is not None:
         facts["layer"] = layer
-    if entry.kind is not None:
-        sizes = sizes_of(entry.kind.sizes(entry.module), part)
+    if one.kind is not None and not at.tensor:
+        sizes = sizes_of(one.kind, entry.module, at)
         facts |= {"in": sizes.fan_in, "out": sizes.fan_out}
     if weight is not None:
-        size = weight.numel()
-        facts["numel"] = size if part is None else size // part.whole * part.length
+        size = weight.numel() if at.index is None else weight[at.index].numel()
+        facts["numel"] = size if at.part is None else size // at.part.whole * at.part.length
         facts["dtype"] = str(weight.dtype).removeprefix("torch.")
     return facts
 

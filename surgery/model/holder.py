@@ -130,9 +130,12 @@ def shared_name(adapter: str, group: str, name: str) -> str:
     return f"{ADAPTERS}.{adapter}.{SHARED}.{group}.{name}"
 
 
-def link_name(adapter: str) -> str:
-    """The attribute by which a layer that shares an adapted weight reaches the adapter."""
-    return f"{ADAPTERS}_of_{adapter}"
+def link_name(adapter: str, *names: str) -> str:
+    """The attribute by which a layer that shares an adapted weight reaches the adapter.
+
+    names: what the slice of the module is called, if it is not all of its weight.
+    """
+    return "_".join((ADAPTERS, "of", adapter, *names))
 
 
 def under_adapters(name: str) -> bool:

@@ -115,7 +115,11 @@ def execution_device(module: nn.Module) -> torch.device:
     """
     integration = integration_of(module)
     found = None if integration is None else integration.execution_device(module)
-    return cast(nn.Linear, module).weight.device if found is None else found
+    if found is not None:
+        return found
+    # Not as an attribute: that may be computed, from adapters on the very device that is asked for.
+    own = (p for p in vars(module)["_parameters"].values() if p is not None)
+    return cast(nn.Parameter, next(own)).device
 
 
 def adopt(model: nn.Module) -> None:

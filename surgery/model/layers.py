@@ -81,6 +81,8 @@ class LayerKind:
     scale: the input times a vector over `channels`; None where the input has no such axis.
     feature_axis: where the features stand in the output.
     methods: what makes up the class's forward; a subclass that replaces one is not of this kind.
+    bare: whether it is a parameter by itself, of which no forward is known; it may then be a batch
+        of matrices, and its sizes are those of the parameter.
     """
 
     name: str
@@ -96,6 +98,7 @@ class LayerKind:
     scale: Callable[[Tensor, Tensor, Sizes, Geometry | None], Tensor] | None
     feature_axis: int = -1
     methods: tuple[str, ...] = ("forward",)
+    bare: bool = False
 
     def features_last(self, output: Tensor) -> Tensor:
         """The site's output with its features on the last axis; a view."""
@@ -133,7 +136,7 @@ def _stored(matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _stored_transposed(matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return matrix.t().reshape(shape)
+    return matrix.transpose(-1, -2).reshape(shape)
 
 
 def _as_is(weight: Tensor) -> Tensor:
@@ -141,7 +144,7 @@ def _as_is(weight: Tensor) -> Tensor:
 
 
 def _transposed(weight: Tensor) -> Tensor:
-    return weight.t()
+    return weight.transpose(-1, -2)
 
 
 def _apply_features(
@@ -315,6 +318,49 @@ KINDS: tuple[LayerKind, ...] = (
     ),
     *map(_convolution, _CONVOLVE),
 )
+
+
+def _no_sizes(module: nn.Module) -> Sizes:
+    """A bare parameter has its own."""
+    del module
+    return Sizes(0, 0, 0)
+
+
+def _bare(
+    name: str,
+    to_matrix: Callable[[Tensor], Tensor],
+    from_matrix: Callable[[Tensor, tuple[int, ...]], Tensor],
+) -> LayerKind:
+    """The row of parameters that lie one way or the other."""
+    return LayerKind(
+        name=name,
+        qualified="",
+        argument="input",
+        input="features",
+        sizes=_no_sizes,
+        geometry=_no_geometry,
+        objection=_no_objection,
+        to_matrix=to_matrix,
+        from_matrix=from_matrix,
+        apply=_apply_features,
+        scale=_scale_features,
+        bare=True,
+    )
+
+
+MATRIX = _bare("matrix", _as_is, _stored)
+"""A parameter [out, in], or [batch, out, in]."""
+
+TRANSPOSED_MATRIX = _bare("transposed_matrix", _transposed, _stored_transposed)
+"""A parameter [in, out], or [batch, in, out]."""
+
+
+def _column(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, 1)
+
+
+TENSOR = _bare("tensor", _column, _stored)
+"""A parameter of any number of axes, as a matrix of one column."""
 
 
 def qualified_name(cls: type) -> str:

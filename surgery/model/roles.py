@@ -48,7 +48,10 @@ _QUERY = (
 )
 _KEY = ("{k_proj,key,k_lin,to_k,key_proj,key_global,k_head,Wk}", f"{_T5}.k", f"{_MPNET}.k")
 _VALUE = ("{v_proj,value,v_lin,to_v,value_proj,value_global,v_head,Wv}", f"{_T5}.v", f"{_MPNET}.v")
-_QKV = ("{c_attn,qkv_proj,query_key_value,Wqkv,qkv,in_proj_qkvz}", "attention.self.in_proj")
+_QKV = (
+    "{c_attn,qkv_proj,query_key_value,Wqkv,qkv,in_proj_qkvz,in_proj_weight}",
+    "attention.self.in_proj",
+)
 _KV = ("{kv_proj,kv_a_proj_with_mqa,kv_b_proj}",)
 _OUTPUT = (
     f"{_ATTENTION}.{{o_proj,out_proj,c_proj,proj,projection,dense,Wo,post_proj,output}}",
@@ -123,7 +126,7 @@ class RolePattern:
         if self._told:
             return path in self._told
         names = path.rsplit(".", self._reach)[-self._reach :]
-        return _plays(self._name, ".".join(names))
+        return plays(self._name, ".".join(names))
 
 
 Tails = Pattern | RolePattern
@@ -164,7 +167,7 @@ def roles_of(inventory: Inventory, paths: list[str]) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=4096)
-def _plays(role: str, tail: str) -> bool:
+def plays(role: str, tail: str) -> bool:
     """Whether a path that ends in some names plays a role, by the globs of its row.
 
     The layers of a model end in the same names, so this is asked once for most of them.

@@ -14,11 +14,15 @@ from torch import nn
 
 from surgery.errors import Report, Span
 from surgery.language.syntax import Every, Expression, Index, Indices, Scope, Slice, Step
-from surgery.model.inventory import Inventory
+from surgery.model.candidates import batch_size, heads_of
+from surgery.model.inventory import Inventory, joined
 from surgery.model.nearest import closest, listing, plural, tails
 from surgery.model.roles import RolePattern, Tails, compiled
 
 Names = Callable[[Expression], object]
+
+HEADS = "heads"
+"""By this name a scope has the heads of an attention, as in `in self_attn.heads[3]`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +31,15 @@ class Region:
 
     layer: the position in the container of the first step that has an index.
     container: the path of the container that the last step names; None for the whole model.
+    matrix: of the batches of matrices in it, this one alone. head: of the queries, keys and values
+        in it, the rows of this head alone.
     """
 
     entry: int
     layer: int | None = None
     container: str | None = None
+    matrix: int | None = None
+    head: int | None = None
 
 
 def regions_of(
@@ -106,6 +114,7 @@ def _containers(
     if pattern is None:
         return []
     found = [answer for region in regions for answer in _answers(pattern, region, inventory)]
+    found = found or [a for r in regions for a in _headed(pattern, r, inventory)]
     missing = _missing(pattern, step.container.span, regions, inventory, bool(found))
     for alternative, span in missing:
         _report_missing(alternative, span, regions, inventory, report)
@@ -121,6 +130,16 @@ def _answers(pattern: Tails, region: Region, inventory: Inventory) -> Iterator[R
             at = entries[at].end  # what lies inside an answer does not count
         else:
             at += 1
+
+
+def _headed(pattern: Tails, region: Region, inventory: Inventory) -> Iterator[Region]:
+    """The attentions whose `heads` a step names: they are rows of its layers, and no module."""
+    for at in range(region.entry, inventory.entries[region.entry].end):
+        path = _relative(at, region, inventory)
+        named, other = (f"{path}.{name}" if path else name for name in (HEADS, "\0"))
+        if pattern.matches_tail(named) and not pattern.matches_tail(other):
+            if heads_of(at, inventory):
+                yield Region(at, region.layer, head=-1)
 
 
 def _relative(index: int, region: Region, inventory: Inventory) -> str:
@@ -187,15 +206,26 @@ class _Reach:
 
     def into(self, container: Region) -> list[Region]:
         """The children of one container that the step takes, in order, each once."""
-        path = self.inventory.entries[container.entry].path
+        entry = self.inventory.entries[container.entry]
         index = self.step.index
+        if container.head is not None:
+            heads, path = heads_of(container.entry, self.inventory), joined(entry.path, HEADS)
+            chosen = range(heads) if index is None else self._chosen(index, heads, path)
+            return [Region(container.entry, container.layer, path, head=i) for i in chosen]
         if index is None:
-            return [Region(container.entry, container.layer, path)]
+            return [Region(container.entry, container.layer, entry.path)]
         children = self.inventory.children(container.entry)
-        return [
-            Region(children[i], i if container.layer is None else container.layer, path)
-            for i in sorted(set(self._positions(index, len(children), path)))
+        batch = batch_size(entry)
+        found = [
+            Region(children[i] if batch is None else container.entry, layer, entry.path, matrix)
+            for i in self._chosen(index, batch or len(children), entry.path)
+            for layer in (i if container.layer is None else container.layer,)
+            for matrix in (None if batch is None else i,)
         ]
+        return found
+
+    def _chosen(self, index: Index, length: int, path: str) -> list[int]:
+        return sorted(set(self._positions(index, length, path)))
 
     def _positions(self, index: Index, length: int, path: str) -> Sequence[int]:
         match index:

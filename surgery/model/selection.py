@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import assert_never
@@ -11,25 +11,29 @@ from typing import assert_never
 from surgery.algebra.mentions import nodes
 from surgery.errors import Report, Span
 from surgery.language import syntax as ast
+from surgery.model.candidates import Candidate, candidates, parts_of
 from surgery.model.facts import Holds, facts_of, nearest_word, values_asked
-from surgery.model.fused import parts_of
 from surgery.model.holder import parameters_of
 from surgery.model.inventory import Entry, Inventory
 from surgery.model.nearest import Meant, closest, listing, plural, tails
-from surgery.model.parts import Part
+from surgery.model.parts import ParameterSlice
 from surgery.model.roles import RolePattern, Tails, compiled, roles_of
-from surgery.model.scopes import Region
+from surgery.model.rows import rows_of
+from surgery.model.scopes import Names, Region
+from surgery.model.tensors import elsewhere, noun, tensors
 
-Key = tuple[int, Part | None]
-"""What a candidate is known by: the index of its first entry, and which rows of it are meant."""
+Key = tuple[int, ParameterSlice]
+"""What a candidate is known by: the index of its first entry, and which slice of it is meant."""
 
-Found = Mapping[Key, Sequence[tuple[int, Region]]]
-"""Candidates: every path that answers, and its region."""
+Answer = tuple[int, Region, Candidate]
+"""An entry, the region that it is in, and what of it is meant."""
+
+Found = Mapping[Key, Sequence[Answer]]
+"""Candidates: every path that answers."""
 
 
 def chosen(selection: ast.Selection, view: View, report: Report, holds: Holds) -> Found:
     """What all clauses leave; each that takes nothing, or leaves nothing, is reported."""
-    view = replace(view, roles=_roles(selection))
     patterns = _Patterns(view.inventory, report)
     found = _whole(_taken(selection.selector, view, patterns))
     for node, pattern in patterns.known:
@@ -81,52 +85,74 @@ class View:
     """The part of a model that a statement looks at; `text` is how the statement says it.
 
     roles: those that the statement names. Rows that play one of them are candidates as well.
+    names: evaluates the bounds of a slice; None where it has reported why it cannot.
+    verb: of a statement that takes parameters as they lie.
     """
 
     inventory: Inventory
-    pool: Sequence[tuple[int, Region]]
+    pool: Sequence[Answer]
     text: str
-    roles: tuple[str, ...] = ()
+    roles: tuple[str, ...]
+    names: Names
+    verb: ast.Verb | None = None
 
     @staticmethod
-    def of(inventory: Inventory, regions: Sequence[Region], text: str) -> View:
+    def of(
+        inventory: Inventory,
+        regions: Sequence[Region],
+        text: str,
+        roles: tuple[str, ...],
+        names: Names,
+        verb: ast.Verb | None = None,
+    ) -> View:
         """Some regions of a model: the candidates in order, each with the first it lies in."""
-        found: dict[int, Region] = {}
+        if verb is not None:
+            return View(inventory, tensors(inventory, regions, verb), text, roles, names, verb)
+        found: dict[tuple[int, int | None, int | None], Region] = {}
         for region in regions:
             for index in inventory.below(region.entry):
-                found.setdefault(index, region)
-        return View(inventory, sorted(found.items(), key=itemgetter(0)), text)
+                found.setdefault((index, region.matrix, region.head), region)
+        pool = [
+            (index, region, one)
+            for (index, matrix, head), region in sorted(found.items(), key=_by_entry)
+            for one in candidates(index, inventory, roles, matrix, head)
+        ]
+        return View(inventory, pool, text, roles, names)
 
     def paths(self) -> list[str]:
-        """The candidates' paths."""
-        return [self.inventory.entries[index].path for index, _ in self.pool]
+        """The candidates' paths, but for what must be named."""
+        some = (one for _, _, one in self.pool if not one.shy)
+        if self.verb is None:
+            return [one.path for one in some]
+        return [*dict.fromkeys(path for one in some for path in one.paths)]
 
-    def parts(self, index: int) -> tuple[Part | None, ...]:
-        """All that is a candidate at an entry: the whole, and what plays a role by itself."""
-        if not self.roles:
-            return (None,)
-        parts = parts_of(index, self.inventory)
-        return (None, *(parts[role] for role in self.roles if role in parts))
-
-    def grouped(self, takes: Callable[[str, Part | None], bool]) -> Found:
-        """The candidates that are taken, by path and part: all paths that answer."""
+    def grouped(self, takes: Callable[[Candidate], bool]) -> Found:
+        """The candidates that are taken: all paths that answer."""
         entries = self.inventory.entries
-        found: dict[Key, list[tuple[int, Region]]] = {}
-        for index, region in self.pool:
-            for part in self.parts(index):
-                if takes(entries[index].path, part):
-                    found.setdefault((entries[index].first, part), []).append((index, region))
+        found: dict[Key, list[Answer]] = {}
+        for index, region, one in self.pool:
+            if takes(one):
+                found.setdefault((entries[index].first, one.at), []).append((index, region, one))
         return found
 
     def taken(self, node: ast.Pattern, pattern: Tails) -> Found:
         """What a pattern takes. A role takes the whole that plays it, or the rows that do."""
-        if not isinstance(node, ast.Role):
-            return self.grouped(lambda path, part: pattern.matches_tail(path))
-        return self.grouped(
-            lambda path, part: (
-                pattern.matches_tail(path) if part is None else part.name == node.name
-            )
-        )
+        role = node.name if isinstance(node, ast.Role) else None
+        return self.grouped(lambda one: _takes(pattern, role, one))
+
+
+def _by_entry(row: tuple[tuple[int, int | None, int | None], Region]) -> tuple[int, ...]:
+    index, *rest = row[0]
+    return index, *(-1 if i is None else i for i in rest)
+
+
+def _takes(pattern: Tails, role: str | None, one: Candidate) -> bool:
+    if role is not None and one.role:
+        return one.role == role
+    if not any(map(pattern.matches_tail, one.paths)):
+        return False
+    # A pattern that would take any name does not name this one.
+    return not one.shy or not pattern.matches_tail(f"{one.path.rpartition('.')[0]}.\0")
 
 
 def _taken(node: ast.Selector, view: View, patterns: _Patterns) -> Found:
@@ -138,15 +164,17 @@ def _taken(node: ast.Selector, view: View, patterns: _Patterns) -> Found:
             return patterns.noted(node, _common(some, others), bool(some and others))
         case ast.Complement(operand):
             taken = _taken(operand, view, patterns)
-            everything = view.grouped(lambda path, part: True)
-            split = {first for first, part in taken if part is not None}
+            everything = view.grouped(lambda one: not one.shy)
+            torn = {whole for key in taken for whole in _around(key)}
             # A whole of which the operand takes some rows is neither in it nor outside of it.
             left = {
                 key: answers
                 for key, answers in everything.items()
-                if not _covered(key, taken) and (key[1] is not None or key[0] not in split)
+                if not _covered(key, taken) and key not in torn
             }
             return patterns.noted(node, left, bool(taken))
+        case ast.Rows(pattern, _):
+            return _sliced(node, _taken(pattern, view, patterns), view, patterns.report)
         case ast.Regex() | ast.Glob() | ast.Role():
             pattern = patterns(node)
             return {} if pattern is None else view.taken(node, pattern)
@@ -154,19 +182,53 @@ def _taken(node: ast.Selector, view: View, patterns: _Patterns) -> Found:
             assert_never(node)
 
 
+def _sliced(node: ast.Rows, found: Found, view: View, report: Report) -> Found:
+    """The rows of a slice, of each candidate that has them."""
+    left: dict[Key, list[Answer]] = {}
+    for (first, _), answers in found.items():
+        mine = Report()
+        for index, region, one in answers:
+            cut = rows_of(one, view.inventory.entries[index], node, view.names, mine)
+            if cut is not None:
+                left.setdefault((first, cut.at), []).append((index, region, cut))
+        if mine.found:
+            report.extend(mine.found[:1])
+            return {}  # said once for all that are alike
+    return left
+
+
 def _covered(key: Key, taken: Found) -> bool:
     """Whether a candidate is taken, by itself or as a part of what is."""
-    return key in taken or (key[0], None) in taken
+    return key in taken or any(whole in taken for whole in _around(key))
+
+
+def _around(key: Key) -> Iterator[Key]:
+    """What a candidate is a slice of."""
+    first, at = key
+    if at.part is not None:
+        yield first, replace(at, part=None)
+    if at.index is not None:
+        yield first, replace(at, index=None)
+    if at.part is not None and at.index is not None:
+        yield first, replace(at, part=None, index=None)
 
 
 def _whole(found: Found) -> Found:
-    """The candidates in module order, without parts of what is there as a whole."""
-    kept = [k for k in found if k[1] is None or (k[0], None) not in found]
-    kept.sort(key=lambda k: (k[0], -1 if k[1] is None else k[1].start))
+    """The candidates in module order, without slices of what is there as a whole."""
+    kept = [key for key in found if not any(whole in found for whole in _around(key))]
+    # The candidates of an entry came in order.
+    kept.sort(key=_place)
     return {key: found[key] for key in kept}
 
 
-def _roles(selection: ast.Selection) -> tuple[str, ...]:
+def _place(key: Key) -> tuple[int, str, int, int]:
+    """In the order of modules, then of matrices and rows."""
+    first, at = key
+    start = -1 if at.part is None else at.part.start
+    return first, at.parameter, -1 if at.index is None else at.index, start
+
+
+def roles_named(selection: ast.Selection) -> tuple[str, ...]:
     """The roles that a statement selects by."""
     given = (selection.selector, selection.exclude)
     every = [n.name for node in given if node for n in nodes(node) if isinstance(n, ast.Role)]
@@ -177,16 +239,16 @@ def _report_torn(
     node: ast.Selector, taken: Found, found: Found, view: View, report: Report
 ) -> bool:
     """E215 where `except` would take some rows out of what is selected as a whole."""
-    torn = [first for first, part in taken if part is not None and (first, None) in found]
+    torn = [whole for key in taken for whole in _around(key) if whole in found]
     if not torn:
         return False
-    path = view.inventory.entries[torn[0]].path
-    others = ", ".join(f"`@{name}`" for name in parts_of(torn[0], view.inventory))
+    index, _, one = found[torn[0]][0]
+    others = ", ".join(f"`@{name}`" for name in parts_of(index, one, view.inventory))
     report.error(
         "E215",
-        f"`except {node.span.text}` takes rows out of `{path}`, which is selected as a whole",
+        f"`except {node.span.text}` takes rows out of `{one.path}`, which is selected as a whole",
         node.span,
-        hint=f"select its parts instead: it has {others}",
+        hint=f"select its parts instead: it has {others}" if others else "select its parts instead",
     )
     return True
 
@@ -202,7 +264,7 @@ def _union(left: Found, right: Found) -> Found:
 def _common(left: Found, right: Found) -> Found:
     """What both take; a module answers by the paths that both take, else by those of both."""
     every = _union(left, right)
-    found: dict[Key, Sequence[tuple[int, Region]]] = {}
+    found: dict[Key, Sequence[Answer]] = {}
     for first in left.keys() & right.keys():
         shared = {*left[first]} & {*right[first]}
         found[first] = [a for a in every[first] if a in shared] or every[first]
@@ -215,9 +277,8 @@ def _check_alternatives(pattern: Tails, node: ast.Pattern, view: View, report: R
         if not view.taken(node, pattern):
             _report_no_role(pattern, node.span, view, report)
         return
-    paths = view.paths()
     for alternative, span in _alternatives(pattern, node):
-        if not any(map(alternative.matches_tail, paths)):
+        if not any(_takes(alternative, None, one) for _, _, one in view.pool):
             _report_nothing(alternative, span, view, report)
 
 
@@ -239,7 +300,8 @@ def _without(node: ast.Selector, found: Found, view: View, report: Report) -> Fo
     """What is left after `except`; E202 for what takes nothing away, E201 if nothing is left."""
     entries = view.inventory.entries
     firsts = {first for first, _ in found}
-    paths = [entries[i].path for i, _ in view.pool if entries[i].first in firsts]
+    some = (one for i, _, one in view.pool if entries[i].first in firsts)
+    paths = [path for one in some for path in one.paths]
     gone: set[Key] = set()
     for part in _summands(node):
         patterns = _Patterns(view.inventory, report)
@@ -285,21 +347,21 @@ def _filtered(
     where: ast.Expression, found: Found, view: View, report: Report, holds: Holds
 ) -> Found:
     """What a `where` leaves: the candidates of which it holds by one of their paths."""
-    left: dict[Key, Sequence[tuple[int, Region]]] = {}
-    for (first, part), answers in found.items():
-        kept: list[tuple[int, Region]] = []
-        for index, region in answers:
-            held = holds(where, facts_of(index, region, view.inventory, part))
+    left: dict[Key, Sequence[Answer]] = {}
+    for key, answers in found.items():
+        kept: list[Answer] = []
+        for index, region, one in answers:
+            held = holds(where, facts_of(index, region, view.inventory, one))
             if held is None:
                 return {}  # it cannot be evaluated, which was said once
-            kept += [(index, region)] * held
+            kept += [(index, region, one)] * held
         if kept:
-            left[first, part] = kept
+            left[key] = kept
     if not left:
         facts = [
-            facts_of(i, r, view.inventory, part)
-            for (_, part), answers in found.items()
-            for i, r in answers
+            facts_of(i, region, view.inventory, one)
+            for answers in found.values()
+            for i, region, one in answers
         ]
         report.error(
             "E211",
@@ -327,12 +389,16 @@ def _report_nothing(pattern: Tails, span: Span, view: View, report: Report) -> N
 
 def _having(near: Meant, counts: Counter[str], view: View) -> str:
     count = sum(counts[name] for name in near.best)
-    have = "module has" if count == 1 else "modules have"
+    what = "module"
+    if view.verb is not None:
+        what = noun(near.best, (one.path for _, _, one in view.pool), view.verb)
+    have = f"{what} has" if count == 1 else f"{what}s have"
     return f"{count} {have} that name in {view.text}"
 
 
 def _report_no_role(pattern: RolePattern, span: Span, view: View, report: Report) -> None:
-    fused = {role for index, _ in view.pool for role in parts_of(index, view.inventory)}
+    pool = view.pool if view.verb is None else ()
+    fused = {role for index, _, one in pool for role in parts_of(index, one, view.inventory)}
     here = dict.fromkeys([*roles_of(view.inventory, view.paths()), *sorted(fused)])
     listed = ", ".join(f"`@{name}`" for name in here)
     hint = f"here are {listed}" if listed else f"there are {listing(tails(view.paths(), ''))}"
@@ -342,6 +408,8 @@ def _report_no_role(pattern: RolePattern, span: Span, view: View, report: Report
 
 def _elsewhere(pattern: Tails, view: View) -> str:
     """What the pattern would take, were it not for the scope or for its owning no matrix."""
+    if view.verb is not None:
+        return elsewhere(pattern, view.inventory, view.verb, view.text)
     entries = view.inventory.entries
     outside = [p for i in view.inventory.pool if pattern.matches_tail(p := entries[i].path)]
     if outside:
@@ -362,7 +430,7 @@ def _bare(pattern: Tails, view: View) -> str:
             path = f"{entry.path}.{name}" if entry.path else name
             if pattern.matches_tail(path):
                 cls = type(entry.module).__name__
-                return f"`{path}` is a parameter of a {cls}; a site is a module, not a parameter"
+                return f"`{path}` is a parameter of a {cls}, and no matrix; `train` takes it"
     return ""
 
 

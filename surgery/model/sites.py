@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from surgery.errors import Report, Span
 from surgery.language import syntax as ast
+from surgery.model.bare import out_of_reach
 from surgery.model.bypassed import READ_BY_OWNER
+from surgery.model.candidates import kind_at
 from surgery.model.facts import Holds
 from surgery.model.holder import parameters_of
 from surgery.model.hooked import integration_of, replaced_forward
-from surgery.model.inventory import Entry, Inventory, Site, site_at, survey
-from surgery.model.layers import Mode, base_class, qualified_name
+from surgery.model.inventory import (
+    Entry,
+    Inventory,
+    Site,
+    joined,
+    site_at,
+    sizes_of,
+    survey,
+)
+from surgery.model.layers import LayerKind, Mode, base_class, qualified_name
 from surgery.model.nearest import listing, plural, tails
-from surgery.model.parts import Part
+from surgery.model.parts import WHOLE, ParameterSlice
 from surgery.model.scopes import Names, regions_of
-from surgery.model.selection import Found, View, chosen
+from surgery.model.selection import Found, View, chosen, roles_named
 from surgery.model.storage import unreadable
+from surgery.model.tensors import modules_meant
 
 __all__ = ["Holds", "Inventory", "Names", "Site", "admit", "select", "survey"]
 
@@ -33,8 +46,11 @@ def select(
     names: Names,
     holds: Holds,
     tie: ast.Tie | None = None,
+    verb: ast.Verb | None = None,
 ) -> tuple[Site, ...]:
     """The sites that `S in SCOPE where COND except S expect N` means, in module order.
+
+    verb: `train` or `save`, behind which they are parameters as they lie.
 
     `names` evaluates an index or a count; None says that it has reported why it cannot. What is
     wrong goes to `report` (E201 to E214), and the sites that are right are given all the same.
@@ -43,16 +59,26 @@ def select(
     mine = Report()
     regions = regions_of(selection.scopes, inventory, mine, names)
     sites: tuple[Site, ...] = ()
+    paths: list[str] = []
     if regions is not None and (selection.optional or not mine.failed):
-        view = View.of(inventory, regions, _scope_text(selection.scopes))
+        text = _scope_text(selection.scopes)
+        view = View.of(inventory, regions, text, roles_named(selection), names, verb)
         found = chosen(selection, view, mine, holds)
         sites = _admit(found, selection.selector.span, inventory, mine, tie)
+        paths = [site.path for site in sites]
+        if verb == "save":
+            taken = (answers[0][2] for answers in found.values())
+            paths = sorted(modules_meant(selection.selector, taken, inventory))
     lifted = _LIFTED if selection.optional else frozenset[str]()
     report.extend(d for d in mine.found if d.code not in lifted)
     failed = any(d.severity == "error" for d in report.found[before:])
     if regions is not None and not failed:
-        _check_count(selection, sites, report, names)
+        _check_count(selection, paths, _NOUNS[verb], report, names)
     return sites
+
+
+_NOUNS: Mapping[ast.Verb | None, str] = {None: "site", "train": "parameter", "save": "module"}
+"""What `expect` counts."""
 
 
 def _scope_text(scopes: Sequence[ast.Scope]) -> str:
@@ -70,26 +96,29 @@ def _admit(
 ) -> tuple[Site, ...]:
     """The sites that can be adapted; E207 to E209 for the others, once for each reason."""
     sites: list[Site] = []
-    refused: dict[tuple[str, str], list[Entry]] = {}
-    for (first, part), answers in found.items():
-        entry, kind = inventory.entries[first], inventory.entries[first].kind
-        refusal = _refusal(entry, inventory, tie)
-        if refusal is not None or kind is None:
+    refused: dict[tuple[str, str], list[tuple[Entry, ParameterSlice]]] = {}
+    for (first, at), answers in found.items():
+        entry = inventory.entries[first]
+        index, region, one = answers[0]
+        refusal = _refusal(entry, one.kind, at, inventory, tie)
+        if refusal is not None or one.kind is None:
             assert refusal is not None
-            refused.setdefault(refusal, []).append(entry)
+            refused.setdefault(refusal, []).append((entry, at))
             continue
-        index, region = answers[0]
         layer = inventory.entries[index].layer if region.layer is None else region.layer
-        mode = _mode(entry, [index for index, _ in answers], inventory)
-        tied = _tied(entry, inventory, tie)
-        sites.append(site_at(entry, kind, layer, region.container, part, mode, *tied))
+        mode = _mode(entry, one.kind, at, [index for index, _, _ in answers], inventory)
+        tied = _tied(entry, at, inventory, tie)
+        sites.append(site_at(entry, one.kind, layer, region.container, at, mode, *tied))
     if tie is not None and sites and not refused and not any(site.tie for site in sites):
         hint = f"leave `{tie}` out"
         report.error("E216", "nothing that is selected shares its weight", span, hint=hint)
-    for (code, reason), entries in refused.items():
-        leave = f"leave it out: `except {entries[0].name}`" if sites else ""
-        hint = "; or ".join(filter(None, (_TIES, leave))) if code == "E207" else leave or _ALONE
-        _report_refusal(code, reason, hint, entries, span, report)
+    for (code, reason), some in refused.items():
+        (entry, at), paths = some[0], [_path_at(*one) for one in some]
+        name = joined(entry.name, at.parameter) if at.tensor else entry.name
+        leave = f"leave it out: `except {name}`" if sites else ""
+        ties = f"write `share` {'at the end' if at.tensor else 'after the method'} {_TIES}"
+        hint = "; or ".join(filter(None, (ties, leave))) if code == "E207" else leave or _ALONE
+        _report_refusal(code, reason, hint, paths, span, report)
     return tuple(sites)
 
 
@@ -98,41 +127,59 @@ def admit(
     span: Span,
     inventory: Inventory,
     report: Report,
-    part: Part | None = None,
+    at: ParameterSlice = WHOLE,
     tie: ast.Tie | None = None,
 ) -> Site | None:
-    """The site of one entry of the pool, or of some rows of it.
+    """The site of one entry of the pool, or of a slice of it.
 
-    None where E207 to E209 was reported for it, or E306 for rows that it does not have.
+    None where E207 to E209 was reported for it, or E306 for a slice that it does not have.
     """
     entry = inventory.entries[index]
-    refusal = _refusal(entry, inventory, tie)
-    if refusal is None and entry.kind is not None:
-        rows = entry.kind.sizes(entry.module).fan_out
-        if part is not None and not 0 <= part.start < part.stop <= part.whole == rows:
-            message = f"`{entry.path}` has {rows} rows, and not the part {part.name}"
-            report.error("E306", message, hint=_OF_ANOTHER)
-            return None
-        mode = _mode(entry, [index], inventory)
-        tied = _tied(entry, inventory, tie)
-        return site_at(entry, entry.kind, entry.layer, None, part, mode, *tied)
+    kind = kind_at(entry, at)
+    if parameters_of(entry.module).get(at.parameter) is None or not _fits(entry, kind, at):
+        message = f"`{entry.path}` has no {'.'.join(at.names) or at.parameter}"
+        report.error("E306", message, hint=_OF_ANOTHER)
+        return None
+    refusal = _refusal(entry, kind, at, inventory, tie)
+    if refusal is None and kind is not None:
+        mode = _mode(entry, kind, at, [index], inventory)
+        tied = _tied(entry, at, inventory, tie)
+        return site_at(entry, kind, entry.layer, None, at, mode, *tied)
     assert refusal is not None
-    _report_refusal(*refusal, _OF_ANOTHER, [entry], span, report)
+    _report_refusal(*refusal, _OF_ANOTHER, [_path_at(entry, at)], span, report)
     return None
 
 
-def _mode(entry: Entry, indices: list[int], inventory: Inventory) -> Mode:
-    """By its weight where its call is not what a row says, or may never come."""
+def _fits(entry: Entry, kind: LayerKind | None, at: ParameterSlice) -> bool:
+    """Whether a parameter has such a matrix, and that such rows."""
+    weight = parameters_of(entry.module).get(at.parameter)
+    if weight is None or kind is None or is_lazy(weight):
+        return True  # which is refused for another reason
+    if at.index is not None and not (kind.bare and weight.dim() == 3 and at.index < len(weight)):
+        return False
+    rows = sizes_of(kind, entry.module, replace(at, part=None)).fan_out
+    return at.part is None or (at.part.fits and at.part.whole == rows)
+
+
+def _mode(
+    entry: Entry, kind: LayerKind, at: ParameterSlice, indices: list[int], inventory: Inventory
+) -> Mode:
+    """By its value where the module's call is not what a row says, or may never come."""
+    if at.tensor:
+        return "value"
+    used = entry.used.get(at.parameter)
+    if used is not None:
+        return "value" if used.by_value else "call"
     bypassed = any(_bypassed(inventory.entries[index], inventory) for index in indices)
-    own = entry.own_forward or replaced_forward(entry.module)
+    own = kind.bare or entry.own_forward or replaced_forward(entry.module)
     return "value" if own or bypassed else "call"
 
 
 def _tied(
-    entry: Entry, inventory: Inventory, tie: ast.Tie | None
+    entry: Entry, at: ParameterSlice, inventory: Inventory, tie: ast.Tie | None
 ) -> tuple[ast.Tie | None, tuple[nn.Module, ...]]:
     """What becomes of the weight that a layer shares, and the layers that follow it."""
-    names = inventory.ties.get(entry.path, ())
+    names = inventory.ties.get(joined(entry.path, at.parameter), ())
     if not names or tie is None:
         return None, ()
     return tie, _sharing(names, inventory) if tie == "share" else ()
@@ -140,35 +187,54 @@ def _tied(
 
 def _sharing(names: Sequence[str], inventory: Inventory) -> tuple[nn.Module, ...]:
     """The modules of some weights, by their full names."""
-    at = {entry.path: entry for entry in inventory.entries}
-    return tuple(at[name.rpartition(".")[0]].module for name in names)
+    by_path = {entry.path: entry for entry in inventory.entries}
+    return tuple(by_path[name.rpartition(".")[0]].module for name in names)
 
 
-def _unshared(entry: Entry, names: Sequence[str], inventory: Inventory) -> bool:
+def _unshared(entry: Entry, at: ParameterSlice, names: Sequence[str], inventory: Inventory) -> bool:
     """Whether some of the layers that share a weight cannot follow it."""
-    weight = parameters_of(entry.module)["weight"]
+    weight = parameters_of(entry.module)[at.parameter]
     every = (entry.module, *_sharing(names, inventory))
-    same = all(parameters_of(module).get("weight") is weight for module in every)
+    same = all(parameters_of(module).get(at.parameter) is weight for module in every)
     return not same or any(integration_of(module) is not None for module in every)
 
 
 def _refusal(
-    entry: Entry, inventory: Inventory, tie: ast.Tie | None = None
+    entry: Entry,
+    kind: LayerKind | None,
+    at: ParameterSlice,
+    inventory: Inventory,
+    tie: ast.Tie | None = None,
 ) -> tuple[str, str] | None:
-    """Why a module cannot be a site: code and reason."""
-    if entry.kind is None:
+    """Why a slice of a module cannot be a site: code and reason."""
+    if kind is None:
         cls = type(entry.module).__name__
         return "E208", f"no layer kind knows the weight of {cls}"
-    objection = unreadable(entry.module) or entry.kind.objection(entry.module)
+    objection = unreadable(entry.module, at.parameter) or kind.objection(entry.module)
+    what = "weight"
+    if at.tensor:
+        what, objection = "data", objection.replace("its weight", "it", 1) or _no_tensor(entry, at)
+    objection = objection or (out_of_reach(entry.module) if kind.bare else "")
     if objection:
         return "E209", objection
-    others = inventory.ties.get(entry.path, ())
+    others = inventory.ties.get(joined(entry.path, at.parameter), ())
     shared = ", ".join(f"`{other}`" for other in others)
     if others and tie is None:
-        return "E207", f"it shares its weight with {shared}"
-    if tie == "share" and others and _unshared(entry, others, inventory):
+        return "E207", f"it shares its {what} with {shared}"
+    if tie == "share" and others and _unshared(entry, at, others, inventory):
         return "E209", f"{shared} cannot follow it: it is offloaded, or no layer's weight itself"
     return None
+
+
+def _no_tensor(entry: Entry, at: ParameterSlice) -> str:
+    """Why no copy of a parameter can be trained, or ""."""
+    own = parameters_of(entry.module)[at.parameter]
+    return "its elements are complex" if own is not None and own.is_complex() else ""
+
+
+def _path_at(entry: Entry, at: ParameterSlice) -> str:
+    """What is refused: a module, or a parameter of it."""
+    return joined(entry.path, at.parameter) if at.tensor else entry.path
 
 
 def _bypassed(entry: Entry, inventory: Inventory) -> bool:
@@ -179,15 +245,14 @@ def _bypassed(entry: Entry, inventory: Inventory) -> bool:
     return any((qualified_name(cls), entry.name) in READ_BY_OWNER for cls in owner.__mro__)
 
 
-_TIES = "write `share` after the method for all of them to change, or `untie` for this one alone"
+_TIES = "for all of them to change, or `untie` for this one alone"
 _ALONE = "nothing else is selected, so leave the statement out, or select other modules"
 _OF_ANOTHER = "the adapter was made for another model"
 
 
 def _report_refusal(
-    code: str, reason: str, hint: str, entries: list[Entry], span: Span, report: Report
+    code: str, reason: str, hint: str, paths: list[str], span: Span, report: Report
 ) -> None:
-    paths = [entry.path for entry in entries]
     more = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
     named = paths[0] or "the model itself"
     report.error(code, f"`{named}`{more} cannot be adapted: {reason}", span, hint=hint)
@@ -197,21 +262,21 @@ def _report_refusal(
 
 
 def _check_count(
-    selection: ast.Selection, sites: Sequence[Site], report: Report, names: Names
+    selection: ast.Selection, paths: Sequence[str], noun: str, report: Report, names: Names
 ) -> None:
     """E206 if `expect` says another number."""
     wanted = None if selection.expect is None else names(selection.expect)
-    if selection.expect is None or wanted is None or wanted == len(sites):
+    if selection.expect is None or wanted is None or wanted == len(paths):
         return
     if not isinstance(wanted, int) or isinstance(wanted, bool):
         message = f"`expect` takes a whole number, not {wanted!r}"
-        report.error("E206", message, selection.expect.span, hint=f"{len(sites)} are selected")
+        report.error("E206", message, selection.expect.span, hint=f"{len(paths)} are selected")
         return
-    counts = listing(tails((site.path for site in sites), ""))
+    counts = listing(tails(paths, ""))
     report.error(
         "E206",
-        f"expected {plural(wanted, 'site')}, found {len(sites)}",
+        f"expected {plural(wanted, noun)}, found {len(paths)}",
         selection.expect.span,
-        label=f"{len(sites)} are selected",
-        hint=f"they are {counts}" if sites else "",
+        label=f"{len(paths)} are selected",
+        hint=f"they are {counts}" if paths else "",
     )

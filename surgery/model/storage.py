@@ -16,9 +16,11 @@ from torch.nn.parameter import is_lazy
 from surgery.model.holder import parameters_of
 from surgery.model.hooked import integration_of
 from surgery.model.layers import LayerKind
+from surgery.model.parts import ENTRIES, ROWS, WHOLE, ParameterSlice
 from surgery.model.stored import Kept, Storage
 
-ParameterName = Literal["weight", "bias"]
+Which = Literal["weight", "bias"]
+"""Of the two parameters that a site is made of."""
 
 
 # ------------------------------------------------------------------------- plain parameters
@@ -31,21 +33,23 @@ def register(module: nn.Module, name: str, tensor: Tensor | None, flag: bool) ->
 
 
 def requires_grad(module: nn.Module, name: str) -> bool:
-    """The flag of a parameter, or of the weight where the parameter is absent."""
-    own = parameters_of(module)
-    parameter = own.get(name)
-    parameter = own.get("weight") if parameter is None else parameter
+    """The flag of a parameter, or where it is absent of one that the module has."""
+    parameter = parameters_of(module).get(name)
+    parameter = _some_parameter(module) if parameter is None else parameter
     return parameter is not None and parameter.requires_grad
 
 
-def _is_plain(module: nn.Module) -> bool:
-    weight = parameters_of(module).get("weight")
-    return type(weight) is nn.Parameter
+def _some_parameter(module: nn.Module) -> nn.Parameter | None:
+    return next((p for p in parameters_of(module).values() if p is not None), None)
 
 
-def _is_meta(module: nn.Module) -> bool:
-    weight = parameters_of(module).get("weight")
-    return type(weight) is nn.Parameter and weight.is_meta
+def _is_plain(module: nn.Module, name: str) -> bool:
+    return type(parameters_of(module).get(name)) is nn.Parameter
+
+
+def _is_meta(module: nn.Module, name: str) -> bool:
+    parameter = parameters_of(module).get(name)
+    return type(parameter) is nn.Parameter and parameter.is_meta
 
 
 def _fetch_plain(module: nn.Module, name: str) -> Tensor | None:
@@ -63,11 +67,11 @@ def _keep_plain(module: nn.Module, name: str) -> Kept:
 
 def _install_plain(module: nn.Module, name: str, tensor: Tensor | None) -> None:
     if tensor is not None:
-        tensor = _laid_out_like(tensor.detach(), parameters_of(module).get(name))
+        tensor = laid_out_like(tensor.detach(), parameters_of(module).get(name))
     register(module, name, tensor, requires_grad(module, name))
 
 
-def _laid_out_like(tensor: Tensor, old: Tensor | None) -> Tensor:
+def laid_out_like(tensor: Tensor, old: Tensor | None) -> Tensor:
     """The tensor in the memory order of the one it replaces, so that the same kernels run."""
     if old is None or old.is_meta:
         return tensor.contiguous()
@@ -79,7 +83,7 @@ def _laid_out_like(tensor: Tensor, old: Tensor | None) -> Tensor:
 def _put_back_plain(module: nn.Module, name: str, kept: Kept) -> None:
     now = parameters_of(module).get(name)
     if kept.parameter is None or kept.elsewhere is None:
-        _follow(kept.parameter, now if now is not None else parameters_of(module).get("weight"))
+        _follow(kept.parameter, now if now is not None else _some_parameter(module))
         module.register_parameter(name, kept.parameter)
         return
     value = kept.elsewhere.tensor()
@@ -139,89 +143,151 @@ def _rows(module: nn.Module) -> Iterator[Storage]:
     yield PLAIN
 
 
-def storage_of(module: nn.Module) -> Storage | None:
-    """The row that knows how this module's weight lies, or None."""
-    return next((row for row in _rows(module) if row.applies(module)), None)
+def storage_of(module: nn.Module, name: str = "weight") -> Storage | None:
+    """The row that knows how a parameter of this module lies, or None."""
+    return next((row for row in _rows(module) if row.applies(module, name)), None)
 
 
-def unreadable(module: nn.Module) -> str:
-    """Why the weight can be neither read nor replaced, or ""; looks at no data."""
-    weight = parameters_of(module).get("weight")
+def unreadable(module: nn.Module, name: str = "weight") -> str:
+    """Why a parameter can be neither read nor replaced, or ""; looks at no data."""
+    weight = parameters_of(module).get(name)
     if weight is None:
         return "its weight is no parameter of its own; a parametrization computes it"
     if is_lazy(weight):
         return "its weight has no shape before the first call"
     if weight.dtype.itemsize < 2 or not (weight.is_floating_point() or weight.is_complex()):
         return f"its weight is stored as {weight.dtype}, and what it stands for is not known"
-    if storage_of(module) is None:
+    if storage_of(module, name) is None:
         return f"its weight is a {type(weight).__name__}, which no storage row reads"
     return ""
 
 
-def _storage(module: nn.Module) -> Storage:
-    row = storage_of(module)
-    assert row is not None, unreadable(module)  # a site is never made of an unreadable module
+def _storage(module: nn.Module, at: ParameterSlice) -> Storage:
+    row = storage_of(module, at.parameter)
+    assert row is not None, unreadable(module, at.parameter)  # no site is made of such a parameter
     return row
 
 
-def read(module: nn.Module, kind: LayerKind) -> Tensor | None:
-    """A site's weight as a matrix [out, in] in its stored dtype, or None: *not yet*, on meta.
+def name_of(at: ParameterSlice, which: Which) -> str:
+    """What a site's weight or bias is called on its module."""
+    return at.parameter if which == "weight" else at.bias
 
-    It may be a view of the live weight; it is not to be written into.
+
+def matrix_of(kind: LayerKind, at: ParameterSlice, stored: Tensor) -> Tensor:
+    """What a site is of a parameter in its stored layout: [out, in], or a batch of such."""
+    return at.rows(kind.to_matrix(at.one(stored)), ROWS)
+
+
+def bias_of(at: ParameterSlice, stored: Tensor) -> Tensor:
+    """What a site's bias is of a parameter: [out], or a batch of such."""
+    return at.rows(at.one(stored), ENTRIES)
+
+
+def read(module: nn.Module, kind: LayerKind, at: ParameterSlice = WHOLE) -> Tensor | None:
+    """A site's weight as a matrix in its stored dtype, or None: *not yet*, on meta.
+
+    [out, in], or [batch, out, in]. It may be a view of the live weight; it is not to be written
+    into.
     """
-    stored = _storage(module).fetch(module, "weight")
-    return None if stored is None else kind.to_matrix(stored)
+    stored = _storage(module, at).fetch(module, at.parameter)
+    return None if stored is None else matrix_of(kind, at, stored)
 
 
-def read_bias(module: nn.Module) -> Tensor | None:
-    """A site's bias [out] in its stored dtype; None if it has none, or not yet (`read` tells)."""
-    return _storage(module).fetch(module, "bias")
+def read_bias(module: nn.Module, at: ParameterSlice = WHOLE) -> Tensor | None:
+    """A site's bias in its stored dtype; None if it has none, or not yet (`read` tells).
+
+    [out], or [batch, out].
+    """
+    stored = _storage(module, at).fetch(module, at.bias)
+    return None if stored is None else bias_of(at, stored)
 
 
-def takes_bias(module: nn.Module) -> bool:
+def takes_bias(module: nn.Module, at: ParameterSlice = WHOLE) -> bool:
     """Whether the module's forward would add a bias, present or not."""
-    return "bias" in parameters_of(module)
+    return at.bias in parameters_of(module)
 
 
-def write(module: nn.Module, kind: LayerKind, matrix: Tensor) -> None:
-    """Replace a site's weight by a matrix [out, in]; the old tensor stays as it is."""
-    weight = parameters_of(module)["weight"]
-    assert weight is not None
-    replace(module, "weight", kind.from_matrix(matrix, tuple(weight.shape)))
+def write(module: nn.Module, kind: LayerKind, at: ParameterSlice, matrix: Tensor) -> None:
+    """Replace a site's weight by a matrix like `read` gives; the old tensor stays as it is.
+
+    What the parameter holds besides stays as it was.
+    """
+    old = parameters_of(module)[at.parameter]
+    assert old is not None
+    if at.part is not None:
+        rows, matrix = matrix, _copied(kind.to_matrix(at.one(_stored(module, at))))
+        at.part.write(matrix, rows, ROWS)
+    stored = kind.from_matrix(matrix, tuple(at.one(old).shape))
+    replace(module, at, "weight", _put_in(module, at, stored))
 
 
-def write_parameter(module: nn.Module, name: ParameterName, tensor: Tensor | None) -> None:
-    """Replace a parameter in its stored layout; None takes a bias away."""
-    replace(module, name, tensor)
+def stored(module: nn.Module, at: ParameterSlice) -> Tensor | None:
+    """The whole parameter that a site is part of, as it lies; None: *not yet*, on meta."""
+    return _storage(module, at).fetch(module, at.parameter)
 
 
-def detach_parameter(module: nn.Module, name: ParameterName) -> Kept:
-    """What the module holds under a name, for `put_back`; the module is not changed."""
-    return _storage(module).keep(module, name)
+def _stored(module: nn.Module, at: ParameterSlice) -> Tensor:
+    whole = stored(module, at)
+    assert whole is not None  # on meta nothing is written
+    return whole
 
 
-def replace(module: nn.Module, name: ParameterName, tensor: Tensor | None) -> None:
+def _put_in(module: nn.Module, at: ParameterSlice, one: Tensor) -> Tensor:
+    """The whole parameter, with another matrix in it where a site is part of one of a batch."""
+    if at.index is None:
+        return one
+    made = _stored(module, at).detach().clone()
+    at.one(made).copy_(one)
+    return made
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def write_bias(module: nn.Module, kind: LayerKind, at: ParameterSlice, bias: Tensor) -> None:
+    """Replace a site's bias by one like `read_bias` gives; what there was none of is zero."""
+    if at.part is not None or at.index is not None:
+        whole = _storage(module, at).fetch(module, at.bias)
+        if whole is None:
+            whole = bias.new_zeros(kind.to_matrix(_stored(module, at)).shape[:-1])
+        made = _copied(whole)
+        if at.part is None:
+            at.one(made).copy_(bias)
+        else:
+            at.part.write(at.one(made), bias, ENTRIES)
+        bias = made
+    replace(module, at, "bias", bias)
+
+
+def detach_parameter(module: nn.Module, at: ParameterSlice, which: Which) -> Kept:
+    """What the module holds of a site, for `put_back`; the module is not changed."""
+    return _storage(module, at).keep(module, name_of(at, which))
+
+
+def replace(module: nn.Module, at: ParameterSlice, which: Which, tensor: Tensor) -> None:
     """Hold a new parameter over `tensor` [stored layout], with the old one's dtype, flag and order.
 
     An offloaded module goes on holding a meta parameter, and its next call uses the new tensor.
     A bias may come where there was none, if `takes_bias`, and go again by `put_back`.
     """
-    assert name == "weight" or takes_bias(module), "this layer never adds a bias"
+    name = name_of(at, which)
+    assert which == "weight" or takes_bias(module, at), "this layer never adds a bias"
     # Another dtype would make `put_back` believe that the module was cast, and cast what was kept.
     old = parameters_of(module).get(name)
-    assert tensor is None or old is None or tensor.dtype == old.dtype, (tensor.dtype, old)
-    _storage(module).install(module, name, tensor)
+    assert old is None or tensor.dtype == old.dtype, (tensor.dtype, old)
+    _storage(module, at).install(module, name, tensor)
 
 
-def put_back(module: nn.Module, name: ParameterName, kept: Kept) -> None:
+def put_back(module: nn.Module, at: ParameterSlice, which: Which, kept: Kept) -> None:
     """Hold again what `detach_parameter` gave: the same object, in the same place.
 
     If the module was moved or cast meanwhile, the object follows; if it was offloaded, or hooks
     were removed, the kept value goes to where the module now keeps its weights.
     """
-    _storage(module).put_back(module, name, kept)
+    _storage(module, at).put_back(module, name_of(at, which), kept)
 
 
 def identity(module: nn.Module, name: str) -> Hashable:
     """A key that is equal for two parameters that share their data."""
-    return (storage_of(module) or PLAIN).identity(module, name)
+    return (storage_of(module, name) or PLAIN).identity(module, name)

@@ -37,8 +37,9 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """One row. All functions but `applies` may rely on `applies`.
+    """One row. All functions but `applies` may rely on it for the parameter, or one beside it.
 
+    applies: whether this row knows how a parameter of that name lies.
     fetch: the stored tensor, or None if it has no data yet or is absent.
     keep: what is held under a name.
     install: hold another tensor (None: no parameter) under a name, flags and order unchanged.
@@ -47,7 +48,7 @@ class Storage:
     """
 
     name: str
-    applies: Callable[[nn.Module], bool]
+    applies: Callable[[nn.Module, str], bool]
     fetch: Callable[[nn.Module, str], Tensor | None]
     keep: Callable[[nn.Module, str], Kept]
     install: Callable[[nn.Module, str, Tensor | None], None]

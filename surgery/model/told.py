@@ -10,8 +10,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from surgery.model.inventory import Inventory
-from surgery.model.layers import base_class
+from surgery.model.inventory import Inventory, joined
 
 _NORM = re.compile(r"Norm([123]d)?$")
 
@@ -24,7 +23,11 @@ def embeddings(inventory: Inventory) -> frozenset[str]:
     named = _below(_answers("get_input_embeddings", inventory), inventory)
     pool = [inventory.entries[i] for i in inventory.pool]
     known = {e.path for e in pool if isinstance(e.module, nn.Embedding)}
-    tied = {other.removesuffix(".weight") for p in named for other in inventory.ties.get(p, ())}
+    tied = {
+        other.removesuffix(".weight")
+        for p in named
+        for other in inventory.ties.get(joined(p, "weight"), ())
+    }
     return named | (tied & known)
 
 
@@ -35,9 +38,7 @@ def heads(inventory: Inventory) -> frozenset[str]:
 
 def norms(inventory: Inventory) -> frozenset[str]:
     """The modules whose class is called a norm, such as `LayerNorm`, `LlamaRMSNorm`."""
-    return frozenset(
-        e.path for e in inventory.entries if _NORM.search(base_class(e.module).__name__)
-    )
+    return frozenset(e.path for e in inventory.entries if _NORM.search(e.cls.__name__))
 
 
 def _answers(question: str, inventory: Inventory) -> Iterator[nn.Module]:

@@ -27,6 +27,7 @@ CASES: Mapping[
 ] = {
     "bert_attention": (BERT, {"num_hidden_layers": 2}, {"layers": 2}, 8),
     "bone_qv": (LLAMA, {"num_hidden_layers": 13}, {}, 24),
+    "chain": (LLAMA, {"num_hidden_layers": 2}, {}, 8),
     "convnet": (RESNET, {}, {}, 11),
     "own_method": (LLAMA, {"num_hidden_layers": 2}, {}, 4),
     "rank_by_layer": (LLAMA, {"num_hidden_layers": 4}, {"depth": 4, "rank": 3}, 20),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from surgery.integrations import accelerate as integration
 from surgery.model import hooked, storage
+from surgery.model.parts import WHOLE
 from surgery.model.holder import ADAPTERS, Holder, modules_of, parameters_of
 from surgery.model.layers import LayerKind, kind_of
 
@@ -271,22 +272,26 @@ def test_read_replace_and_put_back_under_hooks(offload: Offload, tmp_path: Path)
         assert wanted is not None
         torch.testing.assert_close(matrix, wanted, rtol=0, atol=0)
         held.append(
-            (site, storage.detach_parameter(site, "weight"), storage.detach_parameter(site, "bias"))
+            (
+                site,
+                storage.detach_parameter(site, WHOLE, "weight"),
+                storage.detach_parameter(site, WHOLE, "bias"),
+            )
         )
         value, bias = 2 * matrix, torch.ones(site.out_features)
         copied = matrix.clone()
-        storage.write(site, linear, value)
-        storage.replace(site, "bias", bias)
-        storage.write(twin, linear, value.clone())
-        storage.replace(twin, "bias", bias.clone())
+        storage.write(site, linear, WHOLE, value)
+        storage.replace(site, WHOLE, "bias", bias)
+        storage.write(twin, linear, WHOLE, value.clone())
+        storage.replace(twin, WHOLE, "bias", bias.clone())
         assert parameters_of(site)["weight"] is not None
         torch.testing.assert_close(matrix, copied, rtol=0, atol=0)
         assert torch.equal(cast(Tensor, storage.read_bias(site)), bias)
     for _ in range(2):
         torch.testing.assert_close(model(batch()), plain(batch()), rtol=0, atol=0)
     for site, weight, bias in held:
-        storage.put_back(site, "weight", weight)
-        storage.put_back(site, "bias", bias)
+        storage.put_back(site, WHOLE, "weight", weight)
+        storage.put_back(site, WHOLE, "bias", bias)
     for _ in range(2):
         torch.testing.assert_close(model(batch()), expected, rtol=0, atol=0)
     assert {n: list(parameters_of(m)) for n, m in modules_of(model)} == before
@@ -304,16 +309,19 @@ def test_a_merged_weight_survives_removal_of_the_hooks_and_comes_back(
     expected, site = model(batch()), sites_of(model)[1]  # a block's, without a bias
     assert site.bias is None
     linear = cast(LayerKind, kind_of(nn.Linear(2, 3)))
-    kept = storage.detach_parameter(site, "weight"), storage.detach_parameter(site, "bias")
+    kept = (
+        storage.detach_parameter(site, WHOLE, "weight"),
+        storage.detach_parameter(site, WHOLE, "bias"),
+    )
     original = cast(Tensor, kept[0].tensor()).clone()
-    storage.write(site, linear, -original)
-    storage.replace(site, "bias", torch.ones(site.out_features))
+    storage.write(site, linear, WHOLE, -original)
+    storage.replace(site, WHOLE, "bias", torch.ones(site.out_features))
     merged = model(batch())
     hooks.remove_hook_from_submodules(model)
     torch.testing.assert_close(model(batch()), merged, rtol=0, atol=0)
     assert torch.equal(site.weight, -original)
-    storage.put_back(site, "weight", kept[0])
-    storage.put_back(site, "bias", kept[1])
+    storage.put_back(site, WHOLE, "weight", kept[0])
+    storage.put_back(site, WHOLE, "bias", kept[1])
     assert torch.equal(site.weight, original)
     assert site.bias is None
     torch.testing.assert_close(model(batch()), expected, rtol=0, atol=0)
@@ -326,10 +334,10 @@ def test_a_plain_weight_kept_before_offloading_comes_back_after(
     model = fresh()
     expected, site = model(batch()), sites_of(model)[0]
     linear = cast(LayerKind, kind_of(site))
-    kept = storage.detach_parameter(site, "weight")
-    storage.write(site, linear, torch.zeros(MIDDLE, IN))
+    kept = storage.detach_parameter(site, WHOLE, "weight")
+    storage.write(site, linear, WHOLE, torch.zeros(MIDDLE, IN))
     offload(model, tmp_path)
-    storage.put_back(site, "weight", kept)
+    storage.put_back(site, WHOLE, "weight", kept)
     for _ in range(2):
         torch.testing.assert_close(model(batch()), expected, rtol=0, atol=0)
 

@@ -106,6 +106,40 @@ def test_an_offloaded_model_computes_the_same(
     assert torch.equal(moved(IDS).logits, base)
 
 
+COPIES = "train @norm | embed_tokens save lm_head match q_proj apply lora(r=3)"
+
+
+@pytest.mark.parametrize("offload", [on_cpu, dispatched])
+@pytest.mark.parametrize("first", ["adapted", "offloaded"])
+def test_copies_of_parameters_are_beside_what_is_offloaded(
+    first: str, offload: Offload, tmp_path: Path
+) -> None:
+    plain, moved = llama(), llama()
+    base = plain(IDS).logits
+    _nudged(surgery.compile(COPIES, plain))
+    expected = outputs_and_gradients(plain)
+    assert len(expected[1]) == 2 * 2 + 1 + 1 + 1 + 2 * 2
+    if first == "offloaded":
+        offload(moved, tmp_path)
+    compiled = _nudged(surgery.compile(COPIES, moved))
+    if first == "adapted":
+        offload(moved, tmp_path)
+    assert_same(outputs_and_gradients(moved), expected)
+    compiled.inverse.merge()
+    torch.testing.assert_close(moved(IDS).logits, expected[0], rtol=0, atol=1e-6)
+    compiled.inverse.unmerge()
+    compiled.inverse.unload()
+    assert torch.equal(moved(IDS).logits, base)
+
+
+def _nudged(compiled: surgery.Compiled) -> surgery.Compiled:
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for _, value in sorted(compiled.parameters().items()):
+            value.add_(0.1 * torch.randn(value.shape, generator=generator))
+    return compiled
+
+
 @pytest.mark.parametrize("offload", [on_cpu, dispatched])
 def test_merge_and_unmerge_under_hooks(offload: Offload, tmp_path: Path) -> None:
     plain, moved = llama(), llama()

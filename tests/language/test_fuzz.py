@@ -21,7 +21,7 @@ WORDS = (
     *("train", "frozen", "shared", "else", "format", "config", "tensor", "as", "true", "false"),
     *("and", "or", "not", "int", "float", "text", "bool", "where", "then", "save", "use", "init"),
     *("q_proj", "mlp.*", "{a,b}", "a", "W", "b", "x", "y", "8", "0.5", "1e-4", '"a"', '"', "/q|v/"),
-    *("optional", "@query", "@layers", "@"),
+    *("optional", "@query", "@layers", "@", "activate", "none"),
     *("(", ")", "[", "]", "{", "}", ",", ":", ";", "=", "==", "<", "+", "-", "*", "**", "/", "//"),
     *("%", "@", "'", "~", ".", "|", "&", "ᵀ", "#", "\\", "\n"),
 )

@@ -301,7 +301,11 @@ def test_what_is_no_text(write: Write) -> None:
 
 @pytest.mark.parametrize(
     ("statement", "word"),
-    [("match q apply lora()", "match"), ("adapter a { match q apply lora() }", "adapter")],
+    [
+        ("match q apply lora()", "match"),
+        ("adapter a { match q apply lora() }", "adapter"),
+        ("activate none", "activate"),
+    ],
 )
 def test_a_used_file_only_defines(statement: str, word: str, write: Write) -> None:
     main = write({"main.peft": 'let m = 1 use "a.peft"', "a.peft": f"let n = 2\n{statement}"})

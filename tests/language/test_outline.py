@@ -17,10 +17,13 @@ STATEMENTS = [
     "format peft m { config match_ = 3 }",
     "optional match q apply m()",
     "match /(/ | (/[(/ & not /{/) apply m(r = (1) / 2 / 3)",
+    "activate a + 2 * (b then c)",
     "match q in /(/[0:(n / 2)] | /[[]/ where (a / (b)) except /]/ & (/)/ | k) apply m()",
     "match (/(let/ | match) in let where in apply m()",
     'use "match ("',
     "save x",
+    "train /(/ in a[0:2] except /[/ & q untie expect (3)",
+    "optional save lm_head where (a / (b)) share",
 ]
 
 
@@ -53,6 +56,8 @@ def test_words_inside_a_selector_begin_nothing() -> None:
 
 def test_an_adapter_and_what_is_inside() -> None:
     inside = ["match q apply m()", "match v apply m(r=1)"]
+    trains = "adapter a {\ntrain q\noptional save v\nmatch k apply m() }"
+    assert pieces(trains) == [trains, "train q", "optional save v", "match k apply m()"]
     text = f"adapter a {{ {inside[0]} {inside[1]} }}"
     assert pieces(f"{text}\nlet b = 1") == [text, *inside, "let b = 1"]
 

@@ -88,6 +88,15 @@ def test_every_clause() -> None:
     assert found.selection.expect == number(60)
 
 
+def test_what_is_applied_one_after_the_other() -> None:
+    found = match_of("match q apply m() then n(r=8) then m() share expect 2")
+    names = [application.method for application in found.applications]
+    assert (found.application.method, names) == ("m", ["m", "n", "m"])
+    assert found.applications[1].arguments == (keyword("r", number(8)),)
+    assert (found.tie, found.selection.expect) == ("share", number(2))
+    assert match_of("match then apply m()").then == ()
+
+
 @pytest.mark.parametrize(
     ("text", "index"),
     [

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from surgery.errors import Source, Span
 from surgery.language import syntax as ast
 from surgery.language.formatting import formatted
-from surgery.language.outline import LATER, RESERVED
+from surgery.language.outline import RESERVED
 from surgery.language.parse import parse, tokens
 from surgery.language.phrases import PHRASES
 from surgery.language.printer import BLOCKS, to_text
@@ -36,16 +36,30 @@ param rank: int = 16
 param note: text
 let wide = 2 * rank if rank < 8 else rank
 
-optional match (/q_proj|v\\/x/ | mlp.*) & not @norm
+optional match (/q_proj|v\\/x/ | mlp.* | @key[-64:rank]) & not @norm
   in encoder.layers[0:12:2].@experts[*] | a . b[0, -1]
   where type == Linear and in % 8 == 0
   except down_proj
   apply own(r = 8, alpha = wide if layer > 3 else 0.5, side = "in", plain = true)
+  then own(r=2, alpha=rank)
+  then other()
+  share
   expect 3 * rank
+
+train bias in layers[*]
+save lm_head untie
 
 adapter code {
   match q_proj apply own(r=-8, side="in")
+  optional train /.*norm.*/
+    in encoder.layers[0:12:2].@experts[*] | a . b[0, -1]
+    where numel % 8 == 0 or type == LayerNorm
+    except final_norm
+    share
+    expect 3 * rank
 }
+
+activate 0.7 * default - (code then default) / rank
 
 method own(r: int = 8, alpha: float) on matrix {
   train A[r, in] ~ normal(std = 1e-4)
@@ -81,8 +95,21 @@ def nodes(node: ast.Node) -> Iterator[ast.Node]:
 # --------------------------------------------------------------------------------- random trees
 
 TAKEN = {
-    *("match", "param", "let", "adapter", "method", "format", "use", "optional", "where", "apply"),
-    *("except", "expect", "if", "else", "and", "or", "not", "true", "false", *LATER, *RESERVED),
+    *(
+        "match",
+        "param",
+        "let",
+        "adapter",
+        "activate",
+        "method",
+        "format",
+        "use",
+        "optional",
+        "where",
+        "apply",
+    ),
+    *("except", "expect", "if", "else", "and", "or", "not", "true", "false", *RESERVED),
+    *("train", "save"),
 }
 WORDS = ("r", "W", "in", "alpha", "int", "on", "as", "config", "tensor", "frozen", "shared", "type")
 
@@ -149,7 +176,7 @@ patterns = st.one_of(
     made(ast.Role, names),
 )
 selectors = st.recursive(
-    patterns,
+    patterns | made(ast.Rows, patterns, slices(expressions)),
     lambda inner: st.one_of(
         made(ast.Either, inner, inner),
         made(ast.Both, inner, inner),
@@ -164,8 +191,20 @@ selections = made(
     *(selectors, some(scopes), default, st.none() | selectors, default, st.booleans()),
 )
 applications = made(ast.Application, names, some(made(ast.Keyword, names, expressions)))
-matches = made(ast.Match, selections, applications)
+ties = st.none() | st.sampled_from(get_args(ast.Tie))
+matches = made(ast.Match, selections, applications, ties, some(applications))
+trains = made(ast.Train, st.sampled_from(get_args(ast.Verb)), selections, ties)
 
+plain_names = names.filter(lambda word: word != "in")
+mixes = st.recursive(
+    made(ast.Number, numbers) | made(ast.Name, plain_names) | calls(expressions),
+    lambda inner: st.one_of(
+        made(ast.Binary, st.sampled_from(["+", "-", "*", "/", "//", "%", "@"]), inner, inner),
+        made(ast.Unary, st.just("-"), inner),
+        made(ast.LiveThen, inner, inner),
+    ),
+    max_leaves=6,
+)
 lets = made(ast.Let, names, expressions)
 beginnings = made(ast.Draw, calls(expressions)) | expressions
 flags = (st.booleans(), st.booleans())
@@ -182,10 +221,12 @@ fields = made(ast.Field, names, expressions, default, kinds)
 tensors = made(ast.Tensor, names, kinds, texts, st.none() | texts, default)
 statements = st.one_of(
     matches,
+    trains,
     lets,
     made(ast.Param, names, types, default),
     made(ast.Use, texts),
-    made(ast.Adapter, names, some(matches)),
+    made(ast.Adapter, names, some(matches | trains)),
+    made(ast.Activate, mixes),
     made(ast.Method, names, some(arguments), names, some(items)),
     made(ast.Format, names, names, some(fields), some(tensors)),
 )

@@ -50,7 +50,7 @@ adapter other {
 }
 format peft m { tensr A = "a" }         # E003
 match v apply m() expct 6               # E003
-activate other                          # E004
+activate 0.5 other                      # E003
 let = 3                                 # E003
 """
 

@@ -120,16 +120,16 @@ BY_HAND: Mapping[str, tuple[Callable[[], nn.Module], Mapping[str, int]]] = {
         lambda: on_meta(t.WhisperForConditionalGeneration, t.WhisperConfig(**BART)),
         counts(8, 0, 5, 5, attention=32, mlp=10, embedding=1, head=1),
     ),
-    # The experts are parameters of three axes, which are no sites; a layer has one router.
+    # The experts of a layer are two batches of matrices, one of which is gate and up; one router.
     "mixtral": (
         lambda: on_meta(t.MixtralForCausalLM, t.MixtralConfig(**DECODER, num_local_experts=5)),
-        counts(3, 0, 0, 0, attention=12, embedding=1, head=1, router=3),
+        counts(3, 3, 3, 3, attention=12, mlp=6, embedding=1, head=1, router=3),
     ),
     "qwen3_moe": (
         lambda: on_meta(
             t.Qwen3MoeForCausalLM, t.Qwen3MoeConfig(**DECODER, num_experts=5, head_dim=16)
         ),
-        counts(3, 0, 0, 0, attention=12, embedding=1, head=1, router=3),
+        counts(3, 3, 3, 3, attention=12, mlp=6, embedding=1, head=1, router=3),
     ),
     # No attention and no feed-forward: only an embedding and a head.
     "mamba": (
@@ -147,7 +147,7 @@ def played(model: nn.Module) -> dict[str, set[str]]:
     every: dict[str, set[str]] = {}
     for role in SELECTORS:
         try:
-            plan = surgery.plan(f"optional match @{role} apply ia3()", model)
+            plan = surgery.plan(f"optional match @{role} apply lora(r=1)", model)
             every[role] = {site.path for site in plan.sites}
         except SelectionError:  # tied, or of a kind that no row knows
             every[role] = matched(role, model)

@@ -241,11 +241,16 @@ def test_nothing_selected_says_what_is_elsewhere() -> None:
     assert "`mlp.**`" in found.hint
 
 
-def test_a_parameter_is_not_a_site() -> None:
+def test_a_parameter_is_a_site_where_it_is_named() -> None:
     model = stack(1)
+    every = chosen(model, match("*"))
     model.register_parameter("gate_up", nn.Parameter(torch.zeros(2, 3, 5)))
-    found = only(model, match("gate_up"))
-    assert "`gate_up` is a parameter of a Box" in found.hint
+    model.register_parameter("vector", nn.Parameter(torch.zeros(2)))
+    assert chosen(model, match("gate_up")) == ["gate_up"]
+    assert chosen(model, match("gate_*")) == ["gate_up"]
+    assert chosen(model, match("*")) == every  # nothing is known of it
+    found = only(model, match("vector"))
+    assert "`vector` is a parameter of a Box, and no matrix; `train` takes it" in found.hint
 
 
 def test_every_dead_alternative_is_told() -> None:
@@ -397,7 +402,9 @@ def modes(model: nn.Module) -> dict[str, str]:
 
 def test_children_that_are_never_called_are_adapted_by_their_weights() -> None:
     model = nn.TransformerEncoder(Encoder(4, 2, 6, batch_first=True), 2)
-    assert modes(model) == dict.fromkeys(("out_proj", "linear1", "linear2"), "value")
+    assert modes(model) == dict.fromkeys(
+        ("in_proj_weight", "out_proj", "linear1", "linear2"), "value"
+    )
     assert modes(Box(out_proj=nn.Linear(2, 3))) == {"out_proj": "call"}
 
 

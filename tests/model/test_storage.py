@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from surgery.model import hooked, storage
+from surgery.model.parts import WHOLE
 from surgery.model.holder import Holder, holder_of, parameters_of
 from surgery.model.layers import LayerKind, kind_of
 
@@ -50,10 +51,10 @@ def test_a_write_is_read_and_the_old_object_comes_back(
     row, before = kind(module), dict(parameters_of(module))
     values = {n: p.detach().clone() for n, p in before.items() if p is not None}
     sizes = row.sizes(module)
-    kept = storage.detach_parameter(module, "weight")
+    kept = storage.detach_parameter(module, WHOLE, "weight")
     for _ in range(2):
         matrix = torch.randn(sizes.fan_out, sizes.fan_in).to(dtype)
-        storage.write(module, row, matrix)
+        storage.write(module, row, WHOLE, matrix)
         found = storage.read(module, row)
         assert found is not None
         assert torch.equal(found, matrix)
@@ -66,7 +67,7 @@ def test_a_write_is_read_and_the_old_object_comes_back(
     assert weight.shape == old.shape
     assert weight.stride() == old.stride()
     assert list(parameters_of(module)) == list(before)
-    storage.put_back(module, "weight", kept)
+    storage.put_back(module, WHOLE, "weight", kept)
     assert all(p is before[n] for n, p in parameters_of(module).items())
     assert list(parameters_of(module)) == list(before)
     assert all(torch.equal(cast(Tensor, before[n]), v) for n, v in values.items())
@@ -77,13 +78,13 @@ def test_a_bias_comes_and_goes() -> None:
     before = dict(parameters_of(module))
     assert storage.takes_bias(module)
     assert storage.read_bias(module) is None
-    kept = storage.detach_parameter(module, "bias")
+    kept = storage.detach_parameter(module, WHOLE, "bias")
     assert kept.tensor() is None
-    storage.replace(module, "bias", torch.arange(5.0))
+    storage.replace(module, WHOLE, "bias", torch.arange(5.0))
     assert torch.equal(cast(Tensor, storage.read_bias(module)), torch.arange(5.0))
     assert not module.bias.requires_grad
     assert torch.equal(module(torch.zeros(7)), torch.arange(5.0))
-    storage.put_back(module, "bias", kept)
+    storage.put_back(module, WHOLE, "bias", kept)
     assert list(parameters_of(module).items()) == list(before.items())
     assert not storage.takes_bias(nn.Embedding(2, 3))
 
@@ -99,11 +100,11 @@ def test_meta_is_not_yet(index: int) -> None:
 
 def test_a_kept_object_follows_a_module_that_moved() -> None:
     module = nn.Linear(7, 5)
-    original, kept = module.weight, storage.detach_parameter(module, "weight")
+    original, kept = module.weight, storage.detach_parameter(module, WHOLE, "weight")
     value = original.detach().clone()
-    storage.write(module, kind(module), torch.zeros(5, 7))
+    storage.write(module, kind(module), WHOLE, torch.zeros(5, 7))
     module.to(torch.float64)
-    storage.put_back(module, "weight", kept)
+    storage.put_back(module, WHOLE, "weight", kept)
     assert module.weight is original
     assert module.weight.dtype == torch.float64
     assert torch.equal(original, value.double())
@@ -111,12 +112,12 @@ def test_a_kept_object_follows_a_module_that_moved() -> None:
 
 def test_a_copy_keeps_what_was_kept() -> None:
     module = nn.Linear(7, 5)
-    kept = storage.detach_parameter(module, "weight")
+    kept = storage.detach_parameter(module, WHOLE, "weight")
     value = module.weight.detach().clone()
-    storage.write(module, kind(module), torch.zeros(5, 7))
+    storage.write(module, kind(module), WHOLE, torch.zeros(5, 7))
     twin, twin_kept = copy.deepcopy((module, kept))
     assert pickle.loads(pickle.dumps(kept)).tensor().equal(value)
-    storage.put_back(twin, "weight", twin_kept)
+    storage.put_back(twin, WHOLE, "weight", twin_kept)
     assert torch.equal(twin.weight, value)
     assert twin.weight is not kept.parameter
     assert not module.weight.any()
@@ -129,7 +130,7 @@ def test_replaced_weights_share_no_data(index: int, bias: bool) -> None:
     name = "bias" if bias and parameters_of(module).get("bias") is not None else "weight"
     old = cast(Tensor, parameters_of(module)[name])
     key = storage.identity(module, name)
-    storage.replace(module, name, torch.zeros(old.shape))
+    storage.replace(module, WHOLE, name, torch.zeros(old.shape))
     assert storage.identity(module, name) != key
 
 
@@ -200,8 +201,9 @@ def test_holders_are_ordinary_modules() -> None:
 def test_nothing_of_accelerate_is_imported_for_a_plain_model() -> None:
     code = (
         "import sys; from torch import nn; from surgery.model import hooked, storage;"
+        "from surgery.model.parts import WHOLE;"
         "m = nn.Linear(2, 3); hooked.adopt(m); hooked.swap_class(m, nn.Linear);"
-        "storage.detach_parameter(m, 'weight'); hooked.execution_device(m);"
+        "storage.detach_parameter(m, WHOLE, 'weight'); hooked.execution_device(m);"
         "assert not {'accelerate', 'surgery.integrations.accelerate'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
