@@ -25,7 +25,7 @@ from surgery.digests import Digest
 from surgery.errors import Report, refuse
 from surgery.language import syntax as ast
 from surgery.language.library import Library
-from surgery.language.parse import parse_bytes
+from surgery.language.parse import MAX_WORDS, parse_bytes
 from surgery.manifest import VERSION, Manifest, manifest_data
 from surgery.mapping import ForeignConfig, Reason, StateDictMapping, mapping_of, peft_config
 from surgery.mapping.keys import ADAPTED, NATIVE
@@ -54,7 +54,7 @@ _FILES = (TENSORS, CONFIG, SPEC, MAPPING, INVERSE)
 _FOREIGN = "surgery.integrations.peft"
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9_.]+")
-_MOST_STATEMENTS = 1000
+_MOST_STATEMENTS = 200
 
 T = TypeVar("T")
 
@@ -249,7 +249,8 @@ def _load_own(directory: Path, model: nn.Module) -> Loaded:
 
 def _own_spec(path: Path) -> ast.Spec:
     """The spec of a folder, which uses no other file (E514)."""
-    spec = parse_bytes(read_text(path).encode(), str(path))
+    # It has the statements of a spec, and the methods and formats that these use besides.
+    spec = parse_bytes(read_text(path).encode(), str(path), 4 * MAX_WORDS)
     report = Report()
     for statement in spec.statements:
         if isinstance(statement, ast.Use):

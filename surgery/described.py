@@ -6,6 +6,7 @@ beside others is given the same, so that passes over the graph find what they ex
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -17,33 +18,57 @@ _ORIGIN = ("nn_module_stack", "stack_trace")
 
 
 class Describer:
-    """Describes new nodes in the place of another, in their order."""
+    """Describes new nodes in the place of another."""
 
     def __init__(self, model: nn.Module) -> None:
         """For nodes that read the attributes of a model."""
         self._model = model
-        self._values: dict[fx.Node, Any] = {}
+        self._known: dict[Hashable, list[Any]] = {}
 
-    def describe(self, node: fx.Node, place: fx.Node) -> None:
-        """Let a node say what it gives, if the node in whose place it stands does."""
-        for name in _ORIGIN:
-            if name in place.meta:
-                node.meta[name] = place.meta[name]
-        mode = _mode_of(place)
-        if mode is None or "val" in node.meta:
-            return
-        try:
-            value = self._value(node, mode)
-        except Exception:  # whatever a kernel without data raises; the node then says nothing
-            return
-        self._values[node] = value
-        if isinstance(value, Tensor):
-            node.meta["val"] = value
+    def describe(
+        self, nodes: Sequence[fx.Node], site: fx.Graph, place: fx.Node, x: fx.Node | None
+    ) -> None:
+        """Let nodes, copies of a site's graph for an input, say what they give, if `place` does.
 
-    def _value(self, node: fx.Node, mode: Any) -> Any:
+        Copies of one graph for inputs of one shape give the same, and are computed once.
+        """
+        for node in nodes:
+            for name in _ORIGIN:
+                if name in place.meta:
+                    node.meta[name] = place.meta[name]
+        mode = getattr(place.meta.get("val"), "fake_mode", None)
+        if mode is None:
+            return
+        key = (id(site), len(nodes), None if x is None else _form(x.meta.get("val")))
+        if key not in self._known:
+            self._known[key] = self._values(nodes, mode)
+        for node, value in zip(nodes, self._known[key], strict=True):
+            if isinstance(value, Tensor):
+                node.meta.setdefault("val", value)
+
+    def _values(self, nodes: Sequence[fx.Node], mode: Any) -> list[Any]:
+        """What nodes give, in their order; None where that cannot be said."""
+        found: dict[fx.Node, Any] = {}
+        for node in nodes:
+            try:
+                found[node] = (
+                    node.meta["val"] if "val" in node.meta else self._of(node, found, mode)
+                )
+            except Exception:  # whatever a kernel without data raises
+                found[node] = None
+        return [*found.values()]
+
+    def _of(self, node: fx.Node, found: dict[fx.Node, Any], mode: Any) -> Any:
         if node.op == "get_attr":
             return self._read(str(node.target), mode)
-        args, kwargs = cast(Any, map_arg((node.args, node.kwargs), self._of))
+
+        def of(argument: fx.Node) -> Any:
+            if argument in found:
+                return found[argument]
+            known = "val" in argument.meta
+            return argument.meta["val"] if known else self._read(str(argument.target), mode)
+
+        args, kwargs = cast(Any, map_arg((node.args, node.kwargs), of))
         with cast(AbstractContextManager[object], mode), torch.no_grad():
             if node.op == "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
@@ -55,10 +80,9 @@ class Describer:
             value = getattr(value, step)
         return mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value
 
-    def _of(self, node: fx.Node) -> Any:
-        return self._values[node] if node in self._values else node.meta["val"]
 
-
-def _mode_of(node: fx.Node) -> Any:
-    """The mode in which tensors without data compute, where a node gives one."""
-    return getattr(node.meta.get("val"), "fake_mode", None)
+def _form(value: object) -> Hashable:
+    """All that matters of an input."""
+    if not isinstance(value, Tensor):
+        return None
+    return str(tuple(value.shape)), str(value.stride()), value.dtype, value.device

@@ -222,6 +222,7 @@ def add_holder(module: nn.Module, *names: str) -> Holder:
     holder = holder_of(module)
     if holder is None:
         holder = Holder()
+        holder.training = module.training
         module.add_module(ADAPTERS, holder)
     return holder_at(holder, *names)
 
@@ -238,6 +239,7 @@ def holder_at(holder: nn.Module, *names: str) -> Holder:
         child = children_of(holder).get(name)
         if child is None:
             child = Holder()
+            child.training = holder.training
             holder.add_module(name, child)
         holder = child
     return cast(Holder, holder)

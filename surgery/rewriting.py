@@ -38,8 +38,7 @@ def settled(model: fx.GraphModule) -> fx.Graph:
         with graph.inserting_after(use.read):
             read = graph.get_attr(_joined(*name))
         read.meta = copy.copy(use.read.meta)
-        first = _next_reader(use)
-        first.replace_input_with(use.read, read)
+        use.reader.replace_input_with(use.read, read)
     return graph
 
 
@@ -59,11 +58,6 @@ def _strays(model: fx.GraphModule, graph: fx.Graph) -> Iterator[tuple[Named, Use
         for use in uses:
             if use.read.target != _joined(*name):
                 yield name, use
-
-
-def _next_reader(use: Use) -> fx.Node:
-    """The user of what is read that leads to the use: a transposition, or the node itself."""
-    return use.node if use.read in use.node.all_input_nodes else use.node.all_input_nodes[0]
 
 
 # ------------------------------------------------------------------------------- rewriting
@@ -98,6 +92,7 @@ class _Inliner:
             self.paths.setdefault(id(module), []).append(path)
         named = model.named_parameters()
         self.names: Mapping[int, str] = {id(parameter): name for name, parameter in named}
+        self.raw: set[fx.Node] = set()  # what reads a parameter to make its value of it
         self.describer = Describer(model)
         self.uses = uses_of(model, graph)
         self.calls = _calls(model, graph)
@@ -139,11 +134,13 @@ class _Inliner:
         self.graph.erase_node(node)
 
     def _value(self, module: nn.Module, name: str, value: fx.Graph, keys: Lowerings) -> None:
-        """Let all that reads a parameter read what adapters make of it."""
-        reads = dict.fromkeys(use.read for use in self._uses(module, name))
-        first = next(iter(reads), None)
-        if first is None:
+        """Let all that reads a parameter, other adapters included, read what is made of it."""
+        targets = {_joined(path, name) for path in self.paths[id(module)]}
+        every = self.graph.find_nodes(op="get_attr")
+        reads = [node for node in every if node.target in targets and node not in self.raw]
+        if not reads:
             return
+        first = reads[0]
         own = {raw(n): n for key in keys for n in (key.form.at.parameter, key.form.at.bias)}
         with self.graph.inserting_before(first):
             made = self._copied(value, module, own, first, None, _never)
@@ -175,13 +172,15 @@ class _Inliner:
                 case "get_attr":
                     target = str(node.target)
                     made[node] = self._attribute(module, own.get(target, target))
+                    self.raw |= {made[node]} if target in own else set()
                 case "call_module":
                     made[node] = base(made[cast(fx.Node, node.args[0])])
                 case "output":
+                    new = [made[n] for n in made if n.op != "placeholder"]
+                    self.describer.describe(new, site, place, x)
                     return made[cast(fx.Node, node.args[0])]
                 case _:
                     made[node] = self.graph.node_copy(node, made.__getitem__)
-            self.describer.describe(made[node], place)
         raise AssertionError("a site graph has an output")
 
     def _attribute(self, module: nn.Module, name: str) -> fx.Node:
@@ -191,6 +190,8 @@ class _Inliner:
             # The flag is read from a module, since a graph reads modules, parameters and buffers.
             there = self.graph.get_attr(path or ADAPTERS)
             return self.graph.call_function(getattr, (there, name))
+        if "." not in name:  # the module's own, though another may share it
+            return self.graph.get_attr(_joined(path, name))
         value: object = module
         for step in name.split("."):
             value = getattr(value, step)

@@ -27,6 +27,9 @@ from surgery.algebra.ops import through
 from surgery.algebra.rules import make, rebuild, substitute
 from surgery.algebra.tensors import MAX_DEPTH
 
+MAX_LINKS = 16
+"""Each link may read W' of all before it, so the whole grows faster than the chain."""
+
 
 class Unchained(Exception):
     """Equations that cannot follow those before them; the message is the reason.
@@ -43,6 +46,10 @@ def composed(links: tuple[Equations, ...]) -> Equations:
 
     Raises Unchained with the first link that cannot follow.
     """
+    if len(links) > MAX_LINKS:
+        obstacle = Unchained(f"a chain has at most {MAX_LINKS} methods")
+        obstacle.link = MAX_LINKS
+        raise obstacle
     whole = links[0]
     for index, link in enumerate(links[1:], 1):
         taken = {p.name for p in whole.parameters}

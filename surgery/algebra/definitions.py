@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from surgery.algebra.axes import symbol
-from surgery.algebra.compose import Unchained, composed
+from surgery.algebra.compose import MAX_LINKS, Unchained, composed
 from surgery.algebra.elaborate import Elaborator
 from surgery.algebra.equations import KINDS, RESERVED, Equations
 from surgery.algebra.expr import Expr, walk
@@ -56,10 +56,11 @@ def check_chain(links: Sequence[tuple[ast.Method, Mapping[str, object]]]) -> Unc
     """Why sound methods at these arguments, some open, cannot follow each other in any way."""
     refused: list[Unchained] = []
     fits: list[bool] = []
+    few = links[: MAX_LINKS + 1]  # one more than may be, which is said where they are composed
 
     def run(decide: Decide) -> None:
         try:
-            composed(tuple([Elaborator(given, decide).run(method) for method, given in links]))
+            composed(tuple([Elaborator(given, decide).run(method) for method, given in few]))
         except Unchained as obstacle:
             refused.append(obstacle)
         except SurgeryError:

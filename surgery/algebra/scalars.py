@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fractions import Fraction
+from heapq import nsmallest
 from typing import Any, NoReturn, TypeVar, assert_never, cast
 
 from surgery.algebra.axes import FUNCTIONS, MAX_BITS, Scalar, Size, bounded, function, size
@@ -255,8 +256,17 @@ def _list(names: Iterable[str], most: int = 12) -> str:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The nearest of some names as a question, or ""."""
-    near = get_close_matches(name, sorted(known), 1)
+    likely = nsmallest(_MOST_COMPARED, known, key=lambda other: _distance(name, other))
+    near = get_close_matches(name, likely, 1)
     return f"did you mean `{near[0]}`?" if near else ""
+
+
+_MOST_COMPARED = 30
+"""A file may define thousands of names, and each comparison takes tens of microseconds."""
+
+
+def _distance(name: str, other: str) -> tuple[bool, int, str]:
+    return name[:1] != other[:1], abs(len(name) - len(other)), other
 
 
 def kind(value: object) -> str:

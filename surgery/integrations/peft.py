@@ -19,6 +19,7 @@ from surgery.arguments import Link
 from surgery.artifact import CONFIG, TENSORS, Loaded, taken
 from surgery.check import DEFAULT_ADAPTER, Arguments, Names, Resolved
 from surgery.errors import Diagnostic, Report, Source, Span, refuse
+from surgery.integrations.peft_modules import FIELD, saved_modules, understood
 from surgery.language import syntax as ast
 from surgery.language.library import Library
 from surgery.mapping import mapping_of
@@ -73,10 +74,15 @@ def read_peft(directory: Path, model: nn.Module) -> Loaded:
     file = _tensors(directory)
     library = Library.standard()
     base = _base_keys(file, model)
-    chosen = _choose(library, config, [k for k in file.shapes if k not in base], model)
+    copies = saved_modules(config, base, model)
+    base = {key: name for key, name in base.items() if name not in copies}
+    adapter = [k for k in file.shapes if k not in base and _base_name(k) not in copies]
+    chosen = _choose(library, config, adapter, model)
     span = config.span("peft_type")
-    assignments = tuple(
-        Assignment(p, (Link(chosen.method, a),), span) for p, a in chosen.sites.items()
+    _check_apart(chosen.sites, copies, config)
+    assignments = (
+        *(Assignment(p, (Link(chosen.method, a),), span) for p, a in chosen.sites.items()),
+        *copies.values(),
     )
     spec = ast.Spec((), span=config.source)
     resolved = Resolved(spec, library, Names({}, {}), ((DEFAULT_ADAPTER, ()),))
@@ -86,6 +92,19 @@ def read_peft(directory: Path, model: nn.Module) -> Loaded:
     mapping = mapping_of(plan, formats=lambda method: (chosen.fmt,))
     tensors = taken(mapping, file, NAME, base)
     return Loaded(resolved, assignments, tensors, DEFAULT_ADAPTER)
+
+
+def _check_apart(
+    sites: Mapping[str, Arguments], copies: Mapping[str, Assignment], config: ConfigFile
+) -> None:
+    """E516 for a layer that has an adapter and is replaced as a whole as well."""
+    report = Report()
+    for copy in copies.values():
+        if copy.path in sites and copy.at.parameter == "weight":
+            message = f"`{copy.path}` has an adapter, and is one of the modules to save as well"
+            hint = "take it out of one of the two"
+            report.error("E516", message, config.span(FIELD), hint=hint)
+    report.stop()
 
 
 def _tensors(directory: Path) -> TensorFile:
@@ -103,7 +122,7 @@ def _check_meaning(fmt: ast.Format, plan: Plan) -> None:
     """E516 for every site at which peft's tensors mean something else than the method's."""
     report = Report()
     for site in plan.sites:
-        if isinstance(rows_of(fmt, site.form), str):
+        if not site.site.at.tensor and isinstance(rows_of(fmt, site.form), str):
             sizes = site.form.sizes
             report.error(
                 "E516",
@@ -121,13 +140,14 @@ def _check_meaning(fmt: ast.Format, plan: Plan) -> None:
 def _base_keys(file: TensorFile, model: nn.Module) -> dict[str, str]:
     """The keys of the base's own tensors, which peft saves beside embeddings: key to name."""
     own = {n for n in model.state_dict(keep_vars=True) if ADAPTERS not in n.split(".")}
-    prefix = dialect_of(NAME).site
-    names = {
-        k: k.removeprefix(prefix).replace(_BASE_LAYER, ".")
-        for k in file.shapes
-        if k.startswith(prefix)
-    }
+    names = {key: _base_name(key) for key in file.shapes}
     return {key: name for key, name in names.items() if name in own}
+
+
+def _base_name(key: str) -> str:
+    """The name that a key would be in the base; "" if it can be none."""
+    prefix = dialect_of(NAME).site
+    return key.removeprefix(prefix).replace(_BASE_LAYER, ".") if key.startswith(prefix) else ""
 
 
 def _check_base(file: TensorFile, model: nn.Module, keys: Mapping[str, str]) -> None:
@@ -206,7 +226,7 @@ def _candidate(
     assert method is not None  # the library names it
     paths = {p for key in keys if (p := _path(fmt, key)) is not None}
     report = Report()
-    report.extend(unknown_fields(fmt, config, INFORMATIVE))
+    report.extend(unknown_fields(fmt, config, (*INFORMATIVE, *understood(config))))
     if not paths:
         report.error(
             "E516",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -17,7 +18,10 @@ from surgery.language.outline import RESERVED, Outline, Piece, outline
 from surgery.language.tables import load_parser
 
 MAX_BYTES = 256 * 1024
+MAX_WORDS = 10_000  # of words and signs; the parser takes about 50 µs for each
 MAX_DEPTH = 100
+
+_WORDS = re.compile(r"""\#[^\n]*|"[^"\n]*"|\w+|[^\w\s]""")
 
 # The tree of an expression may be deeper than its brackets, such as a sum of many terms. Passes
 # over it recurse, up to four calls a level, and a statement has some levels of its own.
@@ -59,9 +63,9 @@ def nearest_name(path: Path) -> str:
     return next(iter(get_close_matches(path.name, sorted(beside), 1)), "")
 
 
-def parse_bytes(data: bytes, name: str) -> ast.Spec:
+def parse_bytes(data: bytes, name: str, words: int = MAX_WORDS) -> ast.Spec:
     """The spec in some bytes, which must be UTF-8 (E001); raises SpecSyntaxError as `parse`."""
-    return parse(decoded(data, name), name)
+    return parse(decoded(data, name), name, words)
 
 
 def decoded(data: bytes, name: str) -> str:
@@ -78,15 +82,15 @@ def decoded(data: bytes, name: str) -> str:
     return text.removeprefix("\ufeff")  # a mark that some editors begin a file with
 
 
-def parse(text: str, name: str = "<spec>") -> ast.Spec:
-    """The spec that a text is.
+def parse(text: str, name: str = "<spec>", words: int = MAX_WORDS) -> ast.Spec:
+    """The spec that a text is, of at most so many words and signs.
 
     Raises SpecSyntaxError with every syntax error that was found: E001 (not UTF-8), E002 (too long
     or too deep), E003 (unexpected), E004 (of a later version), E005 (empty), E006 (not closed),
     E008 (an argument without its name).
     """
     source = Source(name, text)
-    whole = _guard(source)
+    whole = _guard(source, words)
     spec, found = _attempt(source, Piece(0, len(text)), whole)
     report = Report()
     report.extend(found)
@@ -140,7 +144,7 @@ def tokens(text: str) -> Iterator[Token]:
 # ------------------------------------------------------------------------------------ guards
 
 
-def _guard(source: Source) -> Outline:
+def _guard(source: Source, words: int) -> Outline:
     """What can be refused before parsing: the size, and the depth of brackets."""
     try:
         _guard_size(len(source.text.encode("utf-8")))
@@ -148,6 +152,8 @@ def _guard(source: Source) -> Outline:
         where = Span(source, error.start, error.start + 1)
         message = "half of a surrogate pair is no character"
         refuse("E001", message, where, hint="leave it out")
+    if sum(1 for _ in _WORDS.finditer(source.text)) > words:
+        refuse("E002", f"the spec has more than {words:,} words and signs", hint=_SHORTER)
     whole = outline(source.text)
     deep = whole.too_deep(MAX_DEPTH)
     if deep is not None:
@@ -161,8 +167,11 @@ def _guard_size(size: int) -> None:
         refuse(
             "E002",
             f"the spec is longer than {MAX_BYTES:,} bytes",
-            hint="a selector takes many modules at once: `match /q_proj|v_proj/`",
+            hint=_SHORTER,
         )
+
+
+_SHORTER = "a selector takes many modules at once: `match /q_proj|v_proj/`"
 
 
 def _too_deep(spec: ast.Spec) -> Iterator[Diagnostic]:
@@ -222,7 +231,8 @@ def _further(source: Source, whole: Outline, at: int) -> Iterator[Diagnostic]:
     """What else is wrong: syntax errors at `at` or after it, and what the grammar lets through."""
     count, good_until = 1, 0
     for piece in whole.pieces():
-        if piece.start < good_until:
+        known = piece.start < at <= piece.end  # where the parser has stopped already
+        if piece.start < good_until or known:
             continue
         spec, found = _attempt(source, piece, whole)
         if spec is not None:

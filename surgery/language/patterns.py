@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NoReturn
 
 from surgery.errors import Report, Span, SurgeryError, refuse
 from surgery.language import syntax as ast
@@ -100,6 +101,8 @@ def compile_selector(node: ast.Regex | ast.Glob, report: Report) -> Pattern | No
 
 
 def _read(node: ast.Regex | ast.Glob) -> tuple[Part, Span]:
+    if len(node.pattern) > MAX_STATES:
+        _refuse_size(node.span)
     match node:
         case ast.Regex():
             inside = node.span.within(1, 1 + len(node.pattern))  # without the slashes
@@ -113,12 +116,16 @@ def _guard(pattern: Pattern, part: Part) -> None:
     try:
         size = pattern.size()
     except OverflowError:
-        message = f"this pattern needs more than {MAX_STATES:,} states"
-        refuse("E007", message, pattern.span, hint="make its repeats shorter")
+        _refuse_size(pattern.span)
     count = sum(1 for _ in _alternatives(part))
     if size * count > _MAX_SPREAD:
         message = f"this pattern has too many alternatives ({count:,})"
         refuse("E007", message, pattern.span, hint="write several statements")
+
+
+def _refuse_size(span: Span) -> NoReturn:
+    message = f"this pattern needs more than {MAX_STATES:,} states"
+    refuse("E007", message, span, hint="make its repeats shorter")
 
 
 def _letter(part: Part) -> str | None:

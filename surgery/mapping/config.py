@@ -60,6 +60,9 @@ def foreign_config(plan: Plan, adapter: str, name: str) -> ForeignConfig | Reaso
     chain = next((s for s in sites if len(s.form.links) > 1), None)
     if chain is not None:
         return Reason(f"{name} has one method a layer, and `{chain.path}` has {chain.form.named}")
+    copy = next((s for s in sites if s.site.at.tensor), None)
+    if copy is not None:
+        return Reason(f"{name} names no single parameters to be trained, such as `{copy.path}`")
     methods = tuple(dict.fromkeys(s.form.method.name for s in sites))
     if len(methods) != 1:
         return Reason(f"{name} has one method an adapter, and this has {' and '.join(methods)}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from surgery.errors import Report, refuse
 from surgery.language import syntax as ast
-from surgery.mapping.spelling import Spelling, chosen_format, place_of
+from surgery.mapping.spelling import DIALECTS, Spelling, chosen_format, place_of
 from surgery.model.holder import SHARED, parameters_of, shared_name, under_adapters
 from surgery.planned import Plan, PlannedSite, SharedParameter, SiteClass
 
@@ -29,7 +29,7 @@ class Row:
 
     site: the dotted path; "" for the root, and for a shared parameter.
     shape: in the method's layout, in elements; that of the adapted model and of native files.
-    copy: whether it is a copy of a tensor of the base, which has its key in native files.
+    copy: whether it is a copy of a tensor of the base, which has its key in files.
     """
 
     adapter: str
@@ -232,6 +232,9 @@ def _site_rows(
         if p.shared:
             continue
         copy = p.name in form.lying
+        spellings = (_at(s, prefix) for s in known[id(form)].get(p.name, ()))
+        if copy:  # behind what all keys of a format begin with
+            spellings = (Spelling(n, d.site + site.path) for n, d in DIALECTS.items())
         yield Row(
             site.adapter,
             site.path,
@@ -239,7 +242,7 @@ def _site_rows(
             site.adapted(p.name),
             site.path if copy else prefix + natives[p.name],
             form.stored[p.name],
-            tuple(_at(s, prefix) for s in known[id(form)].get(p.name, ())),
+            tuple(spellings),
             copy,
         )
 

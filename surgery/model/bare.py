@@ -6,11 +6,11 @@ only where a spec names it: a table of positions, or a token, is no weight matri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from surgery.model.holder import parameters_of
 from surgery.model.layers import MATRIX, TRANSPOSED_MATRIX, LayerKind, base_class, qualified_name
@@ -86,6 +86,19 @@ def unknown(module: nn.Module, name: str) -> Bare:
     """A parameter of which nothing is known: [out, in]; a `weight` has its `bias` beside it."""
     beside = name == "weight" and parameters_of(module).get("bias") is not None
     return Bare(MATRIX, "bias" if beside else "")
+
+
+def beside(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """The tensors of a module that are no sites by themselves, and what each is, {} its class."""
+    yield from ((name, _PARAMETER) for name in parameters_of(module))
+    buffers: Mapping[str, object] = vars(module)["_buffers"]
+    for name, value in (*buffers.items(), *vars(module).items()):
+        if isinstance(value, Tensor):
+            yield name, _TENSOR
+
+
+_PARAMETER = "a parameter of a {}, and no matrix; `train` takes it"
+_TENSOR = "a tensor of a {}, and no parameter; make it an nn.Parameter, before any export"
 
 
 def out_of_reach(module: nn.Module) -> str:

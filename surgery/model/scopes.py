@@ -137,9 +137,9 @@ def _headed(pattern: Tails, region: Region, inventory: Inventory) -> Iterator[Re
     for at in range(region.entry, inventory.entries[region.entry].end):
         path = _relative(at, region, inventory)
         named, other = (f"{path}.{name}" if path else name for name in (HEADS, "\0"))
-        if pattern.matches_tail(named) and not pattern.matches_tail(other):
-            if heads_of(at, inventory):
-                yield Region(at, region.layer, head=-1)
+        by_name = pattern.matches_tail(named) and not pattern.matches_tail(other)
+        if by_name and heads_of(at, inventory):
+            yield Region(at, region.layer, head=-1)
 
 
 def _relative(index: int, region: Region, inventory: Inventory) -> str:

@@ -11,9 +11,9 @@ from typing import assert_never
 from surgery.algebra.mentions import nodes
 from surgery.errors import Report, Span
 from surgery.language import syntax as ast
+from surgery.model.bare import beside
 from surgery.model.candidates import Candidate, candidates, parts_of
 from surgery.model.facts import Holds, facts_of, nearest_word, values_asked
-from surgery.model.holder import parameters_of
 from surgery.model.inventory import Entry, Inventory
 from surgery.model.nearest import Meant, closest, listing, plural, tails
 from surgery.model.parts import ParameterSlice
@@ -424,13 +424,12 @@ def _elsewhere(pattern: Tails, view: View) -> str:
 
 
 def _bare(pattern: Tails, view: View) -> str:
-    """Whether the pattern names a parameter that a module owns beside or instead of a weight."""
+    """Whether the pattern names a tensor that a module owns beside or instead of a weight."""
     for entry in view.inventory.entries:
-        for name in parameters_of(entry.module):
+        for name, told in beside(entry.module):
             path = f"{entry.path}.{name}" if entry.path else name
             if pattern.matches_tail(path):
-                cls = type(entry.module).__name__
-                return f"`{path}` is a parameter of a {cls}, and no matrix; `train` takes it"
+                return f"`{path}` is {told.format(type(entry.module).__name__)}"
     return ""
 
 

@@ -40,13 +40,15 @@ class Layer:
 class Use:
     """One node that reads a parameter.
 
-    read: the `get_attr` node; node: what computes with it, past a transposition.
+    read: the `get_attr` node; node: what computes with it, past a transposition. reader: the first
+        on the way from one to the other.
     layer: what that is; None where only the parameter's value is known to matter.
     slot: which argument of `node` is x, where there is a layer.
     writes: whether the node changes the parameter.
     """
 
     read: fx.Node
+    reader: fx.Node
     node: fx.Node
     layer: Layer | None
     slot: int | str | None = None
@@ -90,7 +92,7 @@ def uses_of(model: fx.GraphModule, graph: fx.Graph) -> Uses:
     for read in graph.nodes:
         name = names.parameter(read)
         if name is not None:
-            for use in _uses(read, read, False, names):
+            for use in _uses(_Way(read, None, read, False), names):
                 found.setdefault(names.within(name, use.node), []).append(use)
     return found
 
@@ -134,30 +136,40 @@ def traced_from(node: fx.Node) -> str | None:
     return next((path for path, _ in reversed([*stack_of(node)])), None)
 
 
-def _uses(read: fx.Node, value: fx.Node, flipped: bool, names: _Names) -> Iterator[Use]:
-    """The uses of a value that is the parameter, or its transpose if `flipped`."""
-    for node in value.users:
-        if _transposes(node, value):
-            yield from _uses(read, node, not flipped, names)
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """What a parameter has come to: a value that is it, or its transpose if `flipped`."""
+
+    read: fx.Node
+    reader: fx.Node | None
+    value: fx.Node
+    flipped: bool
+
+
+def _uses(way: _Way, names: _Names) -> Iterator[Use]:
+    for node in way.value.users:
+        reader = way.reader or node
+        if _transposes(node, way.value):
+            yield from _uses(_Way(way.read, reader, node, not way.flipped), names)
         else:
-            yield _use(read, value, node, flipped, names)
+            yield _use(way, reader, node, names)
 
 
-def _use(read: fx.Node, value: fx.Node, node: fx.Node, flipped: bool, names: _Names) -> Use:
+def _use(way: _Way, reader: fx.Node, node: fx.Node, names: _Names) -> Use:
     row = _operations().get(cast(Any, node.target)) if node.op == "call_function" else None
     arguments = None if row is None else row.arguments(node)
-    if row is None or arguments is None or arguments.get(row.weight) is not value:
-        return Use(read, node, None, writes=_writes(node, value))
+    if row is None or arguments is None or arguments.get(row.weight) is not way.value:
+        return Use(way.read, reader, node, None, writes=_writes(node, way.value))
     x, bias = arguments.get(row.input), arguments.get(row.bias)
     added = names.parameter(bias)
-    known = isinstance(x, fx.Node) and x is not value and (bias is None or added is not None)
-    weight = cast(Tensor, names.held(cast(Named, names.parameter(read))))
-    layer = row.layer(arguments, weight, flipped) if known else None
+    known = isinstance(x, fx.Node) and x is not way.value and (bias is None or added is not None)
+    weight = cast(Tensor, names.held(cast(Named, names.parameter(way.read))))
+    layer = row.layer(arguments, weight, way.flipped) if known else None
     if layer is None:
-        return Use(read, node, None)
+        return Use(way.read, reader, node, None)
     own = None if added is None else names.within(added, node)
     slot = row.input if row.input in node.kwargs else row.names.index(row.input)
-    return Use(read, node, replace(layer, bias=own), slot)
+    return Use(way.read, reader, node, replace(layer, bias=own), slot)
 
 
 def _writes(node: fx.Node, value: fx.Node) -> bool:

@@ -47,15 +47,16 @@ class Net(nn.Module):
         return x
 
 
+def new_net() -> nn.Module:
+    untyped.manual_seed(3)
+    return Net().double().eval()
+
+
 @pytest.fixture
 def make_net() -> Make:
     """A new network in float64, always with the same weights."""
 
-    def make() -> nn.Module:
-        untyped.manual_seed(3)
-        return Net().double().eval()
-
-    return make
+    return new_net
 
 
 @pytest.fixture(scope="session")
@@ -65,14 +66,21 @@ def image() -> Tensor:
     return torch.randn(2, 3, 17, 19, generator=generator, dtype=torch.float64)
 
 
+@pytest.fixture(scope="session")
+def program(image: Tensor) -> torch.export.ExportedProgram:
+    """The network as a program, which no test changes but for the flags of its parameters."""
+    return torch.export.export(new_net(), (image,))
+
+
 @pytest.fixture
-def as_graph(make_net: Make, image: Tensor) -> Callable[[str], Any]:
+def as_graph(program: torch.export.ExportedProgram) -> Callable[[str], Any]:
     """The network as a trace, as a program, or as the graph that a program is."""
 
     def make(form: str) -> Any:
         if form == "traced":
-            return torch.fx.symbolic_trace(make_net())
-        program = torch.export.export(make_net(), (image,))
+            return torch.fx.symbolic_trace(new_net())
+        for parameter in program.parameters():
+            parameter.requires_grad_(True)
         return program if form == "program" else program.module()
 
     return make

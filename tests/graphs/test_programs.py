@@ -197,7 +197,7 @@ def test_an_adapter_of_modules_goes_on_a_program_rows_included(
 
 
 def test_adapters_are_wider_than_a_narrow_base(train: Train) -> None:
-    model = make("BertModel").bfloat16()
+    model = make("BertModel", num_hidden_layers=1).bfloat16()
     whole = torch.export.export(model, (), {"input_ids": tokens()})
     compiled = [surgery.compile("match @attention apply lora(r=2)", m) for m in (model, whole)]
     for one in compiled:
@@ -209,7 +209,8 @@ def test_adapters_are_wider_than_a_narrow_base(train: Train) -> None:
 
 
 def test_example_inputs_are_asked_for_where_there_are_none() -> None:
-    without = torch.export.export(make("BertModel"), (), {"input_ids": tokens()})
+    model = make("BertModel", num_hidden_layers=1)
+    without = torch.export.export(model, (), {"input_ids": tokens()})
     without.example_inputs = None
     compiled = surgery.compile("match query apply lora(r=2)", without)
     with pytest.raises(StateError, match="E419"):

@@ -8,7 +8,7 @@ import pytest
 
 from surgery.errors import ArtifactError, SpecSyntaxError
 from surgery.language import syntax as ast
-from surgery.language.parse import MAX_BYTES, MAX_DEPTH, load, parse, parse_bytes
+from surgery.language.parse import MAX_BYTES, MAX_WORDS, MAX_DEPTH, load, parse, parse_bytes
 
 
 def value_of(text: str) -> ast.Expression:
@@ -103,5 +103,13 @@ def test_long_chains_are_refused(text: str) -> None:
 
 
 def test_a_long_list_is_no_chain() -> None:
-    assert isinstance(value_of("f(" + "1, " * 5000 + "1)"), ast.Call)
+    assert isinstance(value_of("f(" + "1, " * 3000 + "1)"), ast.Call)
     assert len(parse("match q apply m()\n" * 1000).statements) == 1000
+
+
+def test_words_are_counted() -> None:
+    text = "match q apply m()\n" * (MAX_WORDS // 6)
+    assert parse(text + "# a comment is one, however long it is").statements
+    with pytest.raises(SpecSyntaxError, match="10,000 words and signs"):
+        parse(text + "match q apply m()")
+    assert parse(text + "match q apply m()", words=2 * MAX_WORDS).statements

@@ -27,7 +27,7 @@ NODES = {
     for value in vars(ast).values()
     if isinstance(value, type) and issubclass(value, ast.Node) and value is not ast.Node
 }
-FOLDERS = ("examples", "formats", "methods")
+FOLDERS = ("examples", "formats", "methods", "statements")
 FILES = [path for folder in FOLDERS for path in sorted((specs_dir() / folder).glob("*.peft"))]
 
 EVERYTHING = """\

@@ -132,9 +132,9 @@ def test_a_part_is_what_a_layer_of_its_rows_would_be_and_the_other_rows_stay(
     whole = stored if site.form.kind.name == "linear" else stored.t()
     alone = nn.Linear(WIDTH, KEYS, bias=fused.bias is not None).to(torch.float64)
     with torch.no_grad():
-        alone.weight.copy_(part.of(whole))
+        alone.weight.copy_(part.of(whole, -2))
         if fused.bias is not None:
-            alone.bias.copy_(part.of(fused.bias))
+            alone.bias.copy_(part.of(fused.bias, -1))
     apart = surgery.compile(f"match * apply {method}", nn.Sequential(alone))
     given = apart.parameters()
     for name, value in compiled.parameters().items():

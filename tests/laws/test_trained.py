@@ -589,6 +589,48 @@ def test_no_graph_breaks() -> None:
         torch.testing.assert_close(one, other)
 
 
+class Plain(nn.Module):
+    """What torch.fx can trace, with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 7)
+        self.norm = nn.LayerNorm(7)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.norm(torch.tanh(self.first(x)))
+
+
+@pytest.mark.parametrize("form", ["traced", "exported"])
+def test_a_whole_graph_reads_the_copies(form: str) -> None:
+    spec = f"{SHIFT} train scale | first.bias save norm match first apply shift()"
+    x = torch.randn(3, 5, dtype=torch.float64)
+    reference = Plain().double().eval()
+    plain = copy.deepcopy(reference)
+    graph: Any = untyped.fx.symbolic_trace(plain)
+    if form == "exported":
+        graph = untyped.export.export(plain, (x,)).module()
+    at_first = graph(x).detach()
+    values = [surgery.compile(spec, model) for model in (reference, graph)]
+    for compiled in values:
+        moved_by_name(compiled)
+    adapted = graph(x).detach()
+    assert (adapted - at_first).abs().max() > 1e-2
+    torch.testing.assert_close(adapted, reference(x), rtol=1e-12, atol=1e-12)
+    values[1].inverse.merge()
+    torch.testing.assert_close(graph(x), adapted, rtol=1e-12, atol=1e-12)
+    values[1].inverse.unload()
+    assert torch.equal(graph(x), at_first)
+
+
+def moved_by_name(compiled: surgery.Compiled) -> None:
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for _, value in sorted(compiled.parameters().items()):
+            value.add_(0.2 * torch.randn(value.shape, generator=generator, dtype=torch.float64))
+
+
 def test_checkpoints_of_the_base_load() -> None:
     model, other = built(), built()
     with torch.no_grad():

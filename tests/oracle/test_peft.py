@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -455,12 +456,63 @@ def test_embeddings_that_peft_saves_too_must_be_the_models_own(tmp_path: Path) -
         surgery.attach(tmp_path, other)
 
 
+Make = Callable[[], nn.Module]
+
+SAVED: tuple[tuple[Make, list[str], int], ...] = (
+    (llama, ["norm"], 5 * 1),
+    (llama, ["input_layernorm", "embed_tokens"], 2 + 1),
+    (bert, ["pooler", "LayerNorm"], 2 + 2 * 2 * 2 + 2),
+    (convnet, ["head"], 2),
+)
+
+
+@pytest.mark.parametrize(("make", "names", "count"), SAVED)
+def test_whole_modules_that_peft_trained_are_copies(
+    make: Make, names: list[str], count: int, tmp_path: Path
+) -> None:
+    target = {llama: "q_proj", bert: "query", convnet: "point"}[cast(Any, make)]
+    config = peft.LoraConfig(r=3, target_modules=[target], modules_to_save=names)
+    theirs = saved_by_peft(Case("", make, lambda: config, ""), tmp_path / "theirs")
+    ours = surgery.attach(tmp_path / "theirs", make())
+    copies = [s for s in ours.plan.sites if s.site.at.tensor]
+    assert len(copies) == count
+    torch.testing.assert_close(output(ours.model), output(theirs), atol=1e-5, rtol=1e-4)
+    before = output(make())
+    assert (output(ours.model) - before).abs().max() > 1e-3
+    # What is written again has no config of peft's, and is the same adapter.
+    report = ours.save(tmp_path / "ours")
+    assert "names no single parameters" in report.peft
+    again = surgery.attach(tmp_path / "ours", make())
+    assert torch.equal(output(again.model), output(ours.model))
+    theirs_keys = read_tensors(tmp_path / "theirs" / "adapter_model.safetensors").shapes
+    renamed = ours.mapping.rename(ours.parameters(), to="peft")
+    assert {key: tuple(t.shape) for key, t in renamed.items()} == theirs_keys
+    ours.inverse.unload()
+    assert torch.equal(output(ours.model), before)
+
+
+def test_a_module_to_save_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["norm"])
+    saved_by_peft(Case("", llama, lambda: config, ""), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    for names, message in (
+        (["nrom"], "has no module `nrom` with parameters"),
+        (["norm", "k_proj"], "lack a copy of `layers.0.self_attn.k_proj.bias`"),
+        (["norm", "q_proj"], "lack a copy of `layers.0.self_attn.q_proj.weight`"),
+        ("norm", "`modules_to_save` is"),
+        ([3], "`modules_to_save` is"),
+    ):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "modules_to_save": names}))
+        with pytest.raises(surgery.SurgeryError) as caught:
+            surgery.attach(tmp_path, llama())
+        assert message in str(caught.value), names
+
+
 REFUSED: tuple[tuple[Any, dict[str, Any], str], ...] = (
     (peft.OFTConfig, {"oft_block_size": 3, "r": 0}, "`use_cayley_neumann` is true: the Neumann"),
     (peft.LoraConfig, {"init_lora_weights": "olora"}, '`init_lora_weights` is "olora": this'),
     (peft.LoraConfig, {"bias": "lora_only"}, '`bias` is "lora_only": trained biases'),
     (peft.LoraConfig, {"lora_bias": True}, "`lora_bias` is true, which `lora` knows nothing of"),
-    (peft.LoraConfig, {"modules_to_save": ["norm"]}, '`modules_to_save` is ["norm"]'),
     (
         peft.OFTConfig,
         {"oft_block_size": 3, "r": 0, "block_share": True, "use_cayley_neumann": False},
