@@ -186,12 +186,20 @@ def _row(site: PlannedSite, several: bool) -> list[str]:
     return [
         site.path or "(the model itself)",
         form.kind.name,
-        " × ".join(str(n) for n in (form.batch, form.sizes.fan_out, form.sizes.fan_in) if n),
+        " × ".join(map(str, _lengths(form))) or "a number",
         f"{site.adapter}: {form.call}" if several else form.call,
         " ".join(f"{n}{shown_shape(s)}" for n, s in form.stored.items()),
         f"{trained:,}",
         form.derived.merge_class,
     ]
+
+
+def _lengths(form: SiteClass) -> tuple[int, ...]:
+    """Of the axes of a site: batch, out and in, or those of a parameter that is no matrix."""
+    if form.shape is not None:
+        return form.shape
+    matrix = (form.sizes.fan_out, form.sizes.fan_in)
+    return matrix if form.batch is None else (form.batch, *matrix)
 
 
 def _equations(plan: Plan) -> list[str]:

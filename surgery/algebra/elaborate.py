@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
-from typing import assert_never
+from typing import Any, assert_never
 
 from surgery.algebra import scalars
 from surgery.algebra.axes import Size, evaluate, names_in
@@ -52,7 +52,7 @@ class Elaborator(Tensors):
                 method.span,
                 hint="say what becomes of the site: `W' = …`, `b' = …`, `x' = …` or `y' = …`",
             )
-        fields = {TARGETS[t][0]: e for t, e in self.targets.items()}
+        fields: dict[str, Any] = {TARGETS[t][0]: e for t, e in self.targets.items()}
         return Equations(tuple(self.parameters.values()), **fields)
 
     def holds(self, condition: ast.Expression) -> bool:

@@ -72,9 +72,12 @@ LISTED: Mapping[str, str] = {
 """Owners whose parameters cannot be reached by their value, and why."""
 
 
-def bare(module: nn.Module, name: str) -> Bare | None:
-    """What is known of a module's own parameter; None for what a spec must name to have it."""
-    row = next((r for c in _names(module) if (r := _OWNERS.get((c, name))) is not None), None)
+def bare(module: nn.Module, name: str, cls: type[nn.Module]) -> Bare | None:
+    """What is known of a module's own parameter; None for what a spec must name to have it.
+
+    cls: the module's class, or that which it had before it became part of a graph.
+    """
+    row = next((r for c in _names(cls) if (r := _OWNERS.get((c, name))) is not None), None)
     own = vars(module)
     if row is not None or name not in _EXPERTS or not all(fact in own for fact in _EXPERTS_SAY):
         return row
@@ -103,8 +106,8 @@ _TENSOR = "a tensor of a {}, and no parameter; make it an nn.Parameter, before a
 
 def out_of_reach(module: nn.Module) -> str:
     """Why a module's own parameters cannot be adapted, or ""."""
-    return next((LISTED[name] for name in _names(module) if name in LISTED), "")
+    return next((LISTED[name] for name in _names(base_class(module)) if name in LISTED), "")
 
 
-def _names(module: nn.Module) -> list[str]:
-    return [qualified_name(cls) for cls in base_class(module).__mro__]
+def _names(cls: type[nn.Module]) -> list[str]:
+    return [qualified_name(above) for above in cls.__mro__]

@@ -76,7 +76,7 @@ def kind_at(entry: Entry, at: ParameterSlice) -> LayerKind | None:
     weight = parameters_of(module).get(at.parameter)
     if weight is None or weight.dim() not in (2, 3):
         return None
-    return (bare(module, at.parameter) or unknown(module, at.parameter)).kind
+    return (bare(module, at.parameter, entry.cls) or unknown(module, at.parameter)).kind
 
 
 def parts_of(index: int, whole: Candidate, inventory: Inventory) -> Mapping[str, Part]:
@@ -88,7 +88,7 @@ def parts_of(index: int, whole: Candidate, inventory: Inventory) -> Mapping[str,
     if whole.at.parameter == "weight":
         owner = inventory.entries[entry.parent].module if entry.parent >= 0 else None
         return {} if owner is None else split(owner, entry.name, rows)
-    row = bare(entry.module, whole.at.parameter)
+    row = bare(entry.module, whole.at.parameter, entry.cls)
     if row is None or row.roles is None:
         return {}
     parts = row.roles(entry.module, rows)
@@ -100,7 +100,7 @@ def _wholes(entry: Entry) -> list[Candidate]:
     if entry.kind is not None or entry.weighted:
         found.append(_weight(entry))
     for name in entry.bare:
-        known = bare(entry.module, name)
+        known = bare(entry.module, name, entry.cls)
         used = entry.used.get(name)
         row: Bare = known or unknown(entry.module, name)
         if used is not None:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from surgery.integrations import accelerate as integration
 from surgery.model import hooked, storage
-from surgery.model.parts import WHOLE
 from surgery.model.holder import ADAPTERS, Holder, modules_of, parameters_of
 from surgery.model.layers import LayerKind, kind_of
+from surgery.model.parts import WHOLE
 
 accelerate = pytest.importorskip("accelerate")
 hooks = pytest.importorskip("accelerate.hooks")

@@ -8,7 +8,7 @@ import pytest
 
 from surgery.errors import ArtifactError, SpecSyntaxError
 from surgery.language import syntax as ast
-from surgery.language.parse import MAX_BYTES, MAX_WORDS, MAX_DEPTH, load, parse, parse_bytes
+from surgery.language.parse import MAX_BYTES, MAX_DEPTH, MAX_WORDS, load, parse, parse_bytes
 
 
 def value_of(text: str) -> ast.Expression:

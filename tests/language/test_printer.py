@@ -196,8 +196,10 @@ matches = made(ast.Match, selections, applications, ties, some(applications))
 trains = made(ast.Train, st.sampled_from(get_args(ast.Verb)), selections, ties)
 
 plain_names = names.filter(lambda word: word != "in")
+# A transpose is printed as one, and stands nowhere in what is live.
+values_only = calls(expressions).filter(lambda call: call.function != "transpose")
 mixes = st.recursive(
-    made(ast.Number, numbers) | made(ast.Name, plain_names) | calls(expressions),
+    made(ast.Number, numbers) | made(ast.Name, plain_names) | values_only,
     lambda inner: st.one_of(
         made(ast.Binary, st.sampled_from(["+", "-", "*", "/", "//", "%", "@"]), inner, inner),
         made(ast.Unary, st.just("-"), inner),

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from support import bits, moved
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2Model, Phi3Config, Phi3Model
@@ -67,18 +68,6 @@ def built(make: Any, dtype: torch.dtype) -> nn.Module:
 
 def outputs(model: nn.Module) -> Tensor:
     return model(torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])).last_hidden_state
-
-
-def moved(compiled: surgery.Compiled) -> None:
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for value in compiled.parameters().values():
-            value.add_(0.2 * torch.randn(value.shape, generator=generator, dtype=torch.float64))
-
-
-def bits(model: nn.Module) -> dict[str, bytes]:
-    named = model.state_dict().items()
-    return {n: t.contiguous().flatten().view(torch.uint8).numpy().tobytes() for n, t in named}
 
 
 @every_model
@@ -148,7 +137,7 @@ def test_a_part_is_what_a_layer_of_its_rows_would_be_and_the_other_rows_stay(
     apart.inverse.merge()
     merged = fused.weight.detach()
     merged = merged if site.form.kind.name == "linear" else merged.t()
-    torch.testing.assert_close(part.of(merged), alone.weight.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(part.of(merged, -2), alone.weight.detach(), rtol=1e-12, atol=1e-12)
     assert torch.equal(merged[: part.start], whole[: part.start])
     assert torch.equal(merged[part.stop :], whole[part.stop :])
 

@@ -12,12 +12,15 @@ from typing import Any, cast
 import pytest
 import torch
 import transformers as t
+from support import bits, moved
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import surgery
+from surgery.mount import remembering
 
 untyped = cast(Any, torch)
+accelerate = pytest.importorskip("accelerate")
 
 METHODS = (
     "lora(r=5, alpha=7)",
@@ -241,18 +244,6 @@ def outputs(model: nn.Module) -> Tensor:
     return found if isinstance(found, Tensor) else found.last_hidden_state
 
 
-def moved(compiled: surgery.Compiled) -> None:
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for value in compiled.parameters().values():
-            value.add_(0.2 * torch.randn(value.shape, generator=generator, dtype=torch.float64))
-
-
-def bits(model: nn.Module) -> dict[str, bytes]:
-    named = model.state_dict().items()
-    return {n: t.contiguous().flatten().view(torch.uint8).numpy().tobytes() for n, t in named}
-
-
 NEAR = {torch.float64: 1e-11, torch.float32: 3e-5, torch.bfloat16: 0.15}
 
 
@@ -418,17 +409,15 @@ def test_a_parameter_is_computed_once_within_a_forward() -> None:
     """The experts read their matrices one by one, and W' is all of them."""
     model = built(CASES["experts"], torch.float32)
     surgery.compile("match down_proj in @layers[0].experts[*] apply lora(r=2)", model)
-    experts = next(m for n, m in model.named_modules() if n.endswith("0.mlp.experts"))
+    experts = model.get_submodule("layers.0.mlp.experts")
     seen: list[Tensor] = []
-    base = type(experts).__mro__[1]
 
     def reading(self: nn.Module, *args: Any) -> Tensor:
         seen.extend((cast(Any, self).down_proj, cast(Any, self).down_proj))
         return args[0]
 
-    read = surgery.mount.remembering(reading)
+    read = remembering(reading)
     read(experts, TOKENS)
-    assert base is not type(experts)
     assert seen[0] is seen[1]
     with torch.no_grad():
         read(experts, TOKENS)
@@ -446,7 +435,7 @@ def test_a_slice_is_compiled_in_one_graph_and_trained(name: str) -> None:
     moved(compiled)
     for parameter in compiled.parameters().values():
         assert parameter.shape[0] in (2, EXPERTS) or parameter.dim() == 2
-    outputs(model).square().mean().backward()
+    cast(Any, outputs(model).square().mean()).backward()
     trained = [p for p in model.parameters() if p.requires_grad]
     assert trained
     assert all(p.grad is not None and bool(p.grad.abs().max() > 0) for p in trained)
@@ -456,7 +445,7 @@ def test_a_batch_compiles_in_one_graph() -> None:
     model = built(CASES["a batch"], torch.float32)
     compiled = surgery.compile("match banks | mixer apply lora(r=2)", model)
     moved(compiled)
-    whole = cast(Any, torch.compile)(model, fullgraph=True, backend="eager")
+    whole = untyped.compile(model, fullgraph=True, backend="eager")
     assert torch.allclose(whole(TOKENS), outputs(model), atol=1e-5)
 
 
@@ -490,7 +479,8 @@ def test_rows_by_turns_and_heads_stand_together() -> None:
     model = built(CASES["heads by turns"], torch.float64)
     at_first = outputs(model)
     compiled = surgery.compile(
-        "match @value in h[0] apply ia3() match @query in h[0].self_attention.heads[2] apply lora(r=2)",
+        "match @value in h[0] apply ia3() "
+        "match @query in h[0].self_attention.heads[2] apply lora(r=2)",
         model,
     )
     assert (outputs(model) - at_first).abs().max() < 1e-12
@@ -577,15 +567,13 @@ def test_slices_of_weights_that_arrive_later_begin_as_they_would_have() -> None:
 
 
 def test_slices_of_a_twin_and_of_offloaded_weights() -> None:
-    from accelerate import cpu_offload
-
     model = built(CASES["experts"], torch.float32)
     at_first = outputs(model)
     twin = surgery.compile(SPREAD, model, seed=3, inplace=False)
     moved(twin)
     adapted = outputs(twin.model)
     assert torch.equal(outputs(model), at_first)
-    cast(Any, cpu_offload)(model, execution_device=torch.device("cpu"))
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     compiled = surgery.compile(SPREAD, model, seed=3)
     moved(compiled)
     assert torch.equal(outputs(model), adapted)
@@ -595,6 +583,6 @@ def test_slices_of_a_twin_and_of_offloaded_weights() -> None:
     assert torch.equal(outputs(model), at_first)
     compiled = surgery.compile(SPREAD, built(CASES["experts"], torch.float32), seed=3)
     moved(compiled)
-    cast(Any, cpu_offload)(compiled.model, execution_device=torch.device("cpu"))
+    accelerate.cpu_offload(compiled.model, execution_device=torch.device("cpu"))
     surgery.of(compiled.model)
     assert torch.equal(outputs(compiled.model), adapted)

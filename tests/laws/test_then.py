@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from support import bits, moved
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
@@ -66,13 +67,6 @@ def two(dtype: torch.dtype = torch.float64) -> Two:
 X = torch.randn(5, 18, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-def moved(compiled: surgery.Compiled) -> None:
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for value in compiled.parameters().values():
-            value.add_(0.2 * torch.randn(value.shape, generator=generator, dtype=torch.float64))
-
-
 def one_after_the_other(chained: surgery.Compiled, model: nn.Module, *calls: str) -> nn.Module:
     """Each method by itself on the merged model of those before it, with the chain's parameters."""
     by_path = {site.path: site for site in chained.plan.sites}
@@ -87,11 +81,6 @@ def one_after_the_other(chained: surgery.Compiled, model: nn.Module, *calls: str
             alone.inverse.merge()
             alone.inverse.unload(keep_merge=True)
     return model
-
-
-def bits(model: nn.Module) -> dict[str, bytes]:
-    named = model.state_dict().items()
-    return {n: t.contiguous().flatten().view(torch.uint8).numpy().tobytes() for n, t in named}
 
 
 def near(one: Tensor, other: Tensor) -> None:

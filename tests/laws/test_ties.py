@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from support import moved
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -54,13 +55,6 @@ def built(make: Make) -> nn.Module:
 def outputs(model: nn.Module) -> Tensor:
     with torch.no_grad():
         return model(torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])).logits
-
-
-def moved(compiled: surgery.Compiled) -> None:
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for value in compiled.parameters().values():
-            value.add_(0.2 * torch.randn(value.shape, generator=generator))
 
 
 def weights(model: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:

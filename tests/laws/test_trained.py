@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import moved
 from torch import Tensor, nn
 
 import surgery
@@ -74,13 +75,6 @@ def agree(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> bool:
 def apart(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> float:
     pairs = zip(left, right, strict=True)
     return max(float((a - b).detach().abs().max()) for a, b in pairs)
-
-
-def moved(compiled: surgery.Compiled, adapter: str | None = None) -> None:
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for value in compiled.parameters(adapter).values():
-            value.add_(0.2 * torch.randn(value.shape, generator=generator, dtype=torch.float64))
 
 
 def base(model: nn.Module) -> dict[str, tuple[int, bytes]]:
@@ -549,6 +543,7 @@ def test_the_plan_says_that_buffers_are_not_copied() -> None:
     assert "running_mean" in told
     assert "running_mean" not in str(surgery.plan("save norm", built()))
     assert "the base's own is not written" in told
+    assert "5 × 3 × 2 × 3" in str(surgery.plan("save image", built()))
 
 
 # -------------------------------------------------------------------------- where the base lies
@@ -614,7 +609,7 @@ def test_a_whole_graph_reads_the_copies(form: str) -> None:
     at_first = graph(x).detach()
     values = [surgery.compile(spec, model) for model in (reference, graph)]
     for compiled in values:
-        moved_by_name(compiled)
+        moved(compiled)
     adapted = graph(x).detach()
     assert (adapted - at_first).abs().max() > 1e-2
     torch.testing.assert_close(adapted, reference(x), rtol=1e-12, atol=1e-12)
@@ -622,13 +617,6 @@ def test_a_whole_graph_reads_the_copies(form: str) -> None:
     torch.testing.assert_close(graph(x), adapted, rtol=1e-12, atol=1e-12)
     values[1].inverse.unload()
     assert torch.equal(graph(x), at_first)
-
-
-def moved_by_name(compiled: surgery.Compiled) -> None:
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for _, value in sorted(compiled.parameters().items()):
-            value.add_(0.2 * torch.randn(value.shape, generator=generator, dtype=torch.float64))
 
 
 def test_checkpoints_of_the_base_load() -> None:

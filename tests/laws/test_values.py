@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from support import bits, moved
 from torch import Tensor, nn
 
 import surgery
@@ -94,18 +95,6 @@ def built(dtype: torch.dtype) -> Net:
 
 def outputs(model: nn.Module) -> Tensor:
     return model(torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]]))
-
-
-def moved(compiled: surgery.Compiled) -> None:
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for value in compiled.parameters().values():
-            value.add_(0.2 * torch.randn(value.shape, generator=generator, dtype=torch.float64))
-
-
-def bits(model: nn.Module) -> dict[str, bytes]:
-    named = model.state_dict().items()
-    return {n: t.contiguous().flatten().view(torch.uint8).numpy().tobytes() for n, t in named}
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -8,7 +8,7 @@ from importlib import import_module
 
 import pytest
 
-from surgery.model.fused import FUSED
+from surgery.model.fused import FUSED, Fused
 
 ROWS = [(row, owner) for row in FUSED for owner in row.owners]
 ids = [f"{owner.rpartition('.')[2]}.{row.child}" for row, owner in ROWS]
@@ -21,9 +21,9 @@ SPLIT = re.compile(
 
 
 @pytest.mark.parametrize(("row", "owner"), ROWS, ids=ids)
-def test_an_owner_calls_the_layer_and_takes_its_output_apart(row: object, owner: str) -> None:
+def test_an_owner_calls_the_layer_and_takes_its_output_apart(row: Fused, owner: str) -> None:
     module, _, name = owner.rpartition(".")
     source = inspect.getsource(getattr(import_module(module), name))
-    child = re.search(rf"self\.{getattr(row, 'child')}\(", source)
+    child = re.search(rf"self\.{row.child}\(", source)
     assert child is not None
     assert SPLIT.search(source, child.start()) is not None

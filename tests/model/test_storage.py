@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from surgery.model import hooked, storage
-from surgery.model.parts import WHOLE
 from surgery.model.holder import Holder, holder_of, parameters_of
 from surgery.model.layers import LayerKind, kind_of
+from surgery.model.parts import WHOLE
 
 
 def kind(module: nn.Module) -> LayerKind:

@@ -1,0 +1,22 @@
+"""What the laws do to every model: move an adapter from where it began; look at every bit."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import surgery
+
+
+def moved(compiled: surgery.Compiled, adapter: str | None = None) -> None:
+    """Move each parameter of an adapter, by the same amounts at each call."""
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for _, value in sorted(compiled.parameters(adapter).items()):
+            value.add_(0.2 * torch.randn(value.shape, generator=generator, dtype=torch.float64))
+
+
+def bits(model: nn.Module) -> dict[str, bytes]:
+    """The bytes of all that a model saves, by its names."""
+    named = model.state_dict().items()
+    return {n: t.contiguous().flatten().view(torch.uint8).numpy().tobytes() for n, t in named}
