@@ -114,7 +114,7 @@ def _admit(
         report.error("E216", "nothing that is selected shares its weight", span, hint=hint)
     for (code, reason), some in refused.items():
         (entry, at), paths = some[0], [_path_at(*one) for one in some]
-        name = joined(entry.name, at.parameter) if at.tensor else entry.name
+        name = paths[0].rpartition(".")[2] if not at.tensor else joined(entry.name, at.parameter)
         leave = f"leave it out: `except {name}`" if sites else ""
         ties = f"write `share` {'at the end' if at.tensor else 'after the method'} {_TIES}"
         hint = "; or ".join(filter(None, (ties, leave))) if code == "E207" else leave or _ALONE
@@ -234,7 +234,8 @@ def _no_tensor(entry: Entry, at: ParameterSlice) -> str:
 
 def _path_at(entry: Entry, at: ParameterSlice) -> str:
     """What is refused: a module, or a parameter of it."""
-    return joined(entry.path, at.parameter) if at.tensor else entry.path
+    own = at.tensor or at.parameter != "weight"
+    return joined(entry.path, at.parameter) if own else entry.path
 
 
 def _bypassed(entry: Entry, inventory: Inventory) -> bool:

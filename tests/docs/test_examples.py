@@ -19,6 +19,16 @@ FOLDER = specs_dir() / "examples"
 
 LLAMA = ("Llama", {"hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 2})
 BERT = ("Bert", {"hidden_size": 36, "intermediate_size": 60, "num_attention_heads": 3})
+MIXTURE = (
+    "Mixtral",
+    {
+        "hidden_size": 48,
+        "intermediate_size": 32,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+        "num_local_experts": 3,
+    },
+)
 RESNET = ("ResNet", {"embedding_size": 8, "hidden_sizes": [8, 12, 20, 28], "depths": [1, 1, 1, 1]})
 
 # The model's family and sizes, values for params, and how many sites there are then.
@@ -29,6 +39,7 @@ CASES: Mapping[
     "bone_qv": (LLAMA, {"num_hidden_layers": 13}, {}, 24),
     "chain": (LLAMA, {"num_hidden_layers": 2}, {}, 8),
     "convnet": (RESNET, {}, {}, 11),
+    "experts": (MIXTURE, {"num_hidden_layers": 2}, {}, 13),
     "own_method": (LLAMA, {"num_hidden_layers": 2}, {}, 4),
     "rank_by_layer": (LLAMA, {"num_hidden_layers": 4}, {"depth": 4, "rank": 3}, 20),
     "two_adapters": (LLAMA, {"num_hidden_layers": 2}, {}, 12),

@@ -80,21 +80,27 @@ def paths(compiled: surgery.Compiled) -> list[str]:
 
 
 @pytest.mark.parametrize(("name", "spec"), SPECS)
-def test_a_program_computes_what_modules_compute(name: str, spec: str, train: Train) -> None:
-    modules, whole = surgery.compile(spec, make(name)), surgery.compile(spec, program(name))
-    assert paths(modules) == paths(whole)
-    base = run(program(name).module())
-    for compiled in (modules, whole):
-        train(compiled.model)
+def test_a_program_and_its_graph_compute_what_modules_compute(
+    name: str, spec: str, train: Train
+) -> None:
+    modules = surgery.compile(spec, make(name))
+    graph = copy.deepcopy(program(name)).module()
+    assert isinstance(graph, fx.GraphModule)
+    base = run(graph)
+    train(modules.model)
     wanted = run(modules.model)
     assert not torch.allclose(wanted, base, atol=1e-3)
-    close(run(whole.model), wanted)
-    whole.inverse.merge()
-    close(run(whole.model), wanted)
-    whole.inverse.unmerge()
-    close(run(whole.model), wanted)
-    whole.inverse.unload()
-    assert torch.equal(run(whole.model), base)
+    for form in (program(name), graph):
+        whole = surgery.compile(spec, form)
+        assert paths(modules) == paths(whole)
+        train(whole.model)
+        close(run(whole.model), wanted)
+        whole.inverse.merge()
+        close(run(whole.model), wanted)
+        whole.inverse.unmerge()
+        close(run(whole.model), wanted)
+        whole.inverse.unload()
+        assert torch.equal(run(whole.model), base)
 
 
 @pytest.mark.parametrize("name", SIZES)
