@@ -1,59 +1,121 @@
-"""Layers whose weight their owner reads itself, and may never call: a new forward would be dead."""
+"""Layers whose weight their owner reads itself: it may never call them, or only on some path.
+
+Whether it does is seen in the code of its methods: a chain of attributes from `self` to a weight or
+a bias, of which more is taken than its dtype, device or shape. What is read through a variable or
+a list is not seen.
+"""
 
 from __future__ import annotations
 
-# Layers in transformers whose weight goes to a cache or a kernel: model, owner, child. What only a
-# fused kernel reads is called by the plain code, so nothing is seen on that path alone.
-_READ_IN_TRANSFORMERS = (
-    ("bailing_hybrid", "BailingHybridDeltaAttention", "conv1d"),
-    ("bamba", "BambaMixer", "conv1d"),
-    ("bamba", "BambaMixer", "out_proj"),
-    ("falcon_h1", "FalconH1Mixer", "conv1d"),
-    ("falcon_h1", "FalconH1Mixer", "out_proj"),
-    ("falcon_mamba", "FalconMambaMixer", "conv1d"),
-    ("falcon_mamba", "FalconMambaMixer", "dt_proj"),
-    ("falcon_mamba", "FalconMambaMixer", "out_proj"),
-    ("falcon_mamba", "FalconMambaMixer", "x_proj"),
-    ("glm5_next", "Glm5NextTextLinearAttention", "conv1d"),
-    ("granitemoehybrid", "GraniteMoeHybridMambaLayer", "conv1d"),
-    ("granitemoehybrid", "GraniteMoeHybridMambaLayer", "out_proj"),
-    ("inkling", "InklingShortConvolution", "conv1d"),
-    ("inkling2", "Inkling2ShortConvolution", "conv1d"),
-    ("jamba", "JambaMambaMixer", "conv1d"),
-    ("jamba", "JambaMambaMixer", "dt_proj"),
-    ("kimi_linear", "KimiLinearDeltaAttention", "conv1d"),
-    ("lfm2", "Lfm2ShortConv", "conv"),
-    ("lfm2_moe", "Lfm2MoeShortConv", "conv"),
-    ("lfm3", "Lfm3ShortConv", "conv"),
-    ("mamba", "MambaMixer", "conv1d"),
-    ("mamba", "MambaMixer", "dt_proj"),
-    ("mamba", "MambaMixer", "out_proj"),
-    ("mamba", "MambaMixer", "x_proj"),
-    ("mamba2", "Mamba2Mixer", "conv1d"),
-    ("mamba2", "Mamba2Mixer", "out_proj"),
-    ("nemotron_h", "NemotronHMamba2Mixer", "conv1d"),
-    ("nemotron_h", "NemotronHMamba2Mixer", "out_proj"),
-    ("olmo_hybrid", "OlmoHybridGatedDeltaNet", "conv1d"),
-    ("qwen3_5", "Qwen3_5GatedDeltaNet", "conv1d"),
-    ("qwen3_5_moe", "Qwen3_5MoeGatedDeltaNet", "conv1d"),
-    ("qwen3_next", "Qwen3NextGatedDeltaNet", "conv1d"),
-    ("qwen4_exp", "Qwen4ExpTextGatedDeltaNet", "conv1d"),
-    ("recurrent_gemma", "RecurrentGemmaRecurrentBlock", "conv_1d"),
-    ("zamba", "ZambaMambaMixer", "conv1d"),
-    ("zamba2", "Zamba2MambaMixer", "conv1d"),
-    ("zamba2", "Zamba2MambaMixer", "out_proj"),
+import dis
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from inspect import unwrap
+from itertools import pairwise
+from types import CodeType, FunctionType
+from typing import Any
+
+from torch import nn
+
+from surgery.model.layers import base_class, qualified_name
+
+Chain = tuple[str, ...]
+"""The names from a module to one of its layers."""
+
+_OWN = frozenset({"weight", "bias"})
+
+# What is asked of a weight without reading its data.
+_ABOUT = frozenset(
+    {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "is_meta", "requires_grad"}
+)
+_ASKING = frozenset({"isinstance", "hasattr", "type"})
+
+# Methods that run when a model is made, loaded or changed, and in no forward.
+_ASIDE = re.compile(
+    r"__init__|_{0,2}(init|reset|tie|resize|load|prune|copy|convert)|extra_repr|__setstate__|_apply"
 )
 
-READ_BY_OWNER: frozenset[tuple[str, str]] = frozenset(
-    {
-        ("torch.nn.modules.activation.MultiheadAttention", "out_proj"),
-        # its fast path
-        ("torch.nn.modules.transformer.TransformerEncoderLayer", "linear1"),
-        ("torch.nn.modules.transformer.TransformerEncoderLayer", "linear2"),
-        *(
-            (f"transformers.models.{model}.modeling_{model}.{owner}", child)
-            for model, owner, child in _READ_IN_TRANSFORMERS
-        ),
-    }
-)
-"""The qualified name of the owner's class, and the name of the child."""
+_READS = {"LOAD_ATTR", "LOAD_METHOD"}
+
+
+def _slowly(owner: Any) -> bool:
+    return owner.pretraining_tp > 1 and owner.slow_but_exact
+
+
+_BLOOM = "transformers.models.bloom.modeling_bloom"
+
+UNLESS: Mapping[tuple[str, str], Callable[[Any], bool]] = {
+    (f"{_BLOOM}.BloomAttention", "dense"): _slowly,
+    (f"{_BLOOM}.BloomMLP", "dense_4h_to_h"): _slowly,
+}
+"""Owners whose settings say whether they read a weight: class, layer, and the question."""
+
+
+def read_by(owner: nn.Module, chain: Chain) -> bool:
+    """Whether a module may read the weight of a layer below it without calling the layer."""
+    cls = base_class(owner)
+    if chain not in reads(cls):
+        return False
+    asked = UNLESS.get((qualified_name(cls), chain[-1]))
+    return asked is None or asked(owner)
+
+
+@lru_cache(maxsize=2048)
+def reads(cls: type[nn.Module]) -> frozenset[Chain]:
+    """The layers whose weight or bias the methods of a class read by themselves."""
+    members: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        if base not in (object, nn.Module):
+            members |= vars(base)
+    return frozenset(
+        chain
+        for name, member in members.items()
+        if not _ASIDE.match(name)
+        for code in _codes(member)
+        for chain in _chains(code)
+    )
+
+
+def _codes(member: Any) -> Iterator[CodeType]:
+    """The code of a method, of what it wraps, and of the functions inside it."""
+    if isinstance(member, property):
+        member = member.fget
+    found = unwrap(member) if callable(member) else None
+    pending = [found.__code__] if isinstance(found, FunctionType) else []
+    while pending:
+        code = pending.pop()
+        yield code
+        pending += [const for const in code.co_consts if isinstance(const, CodeType)]
+
+
+def _chains(code: CodeType) -> Iterator[Chain]:
+    if _OWN.isdisjoint(code.co_names):
+        return
+    steps = [*dis.get_instructions(code)]
+    for start, (before, step) in enumerate(pairwise(steps)):
+        if step.argval != "self" or not step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
+            continue
+        names: list[str] = []
+        at = start + 2
+        while at < len(steps) and steps[at].opname in _READS:
+            names.append(str(steps[at].argval))
+            at += 1
+        if before.argval not in _ASKING and not _asks(steps[at : at + 2]):
+            yield from _read(names)
+
+
+def _asks(after: list[dis.Instruction]) -> bool:
+    """Whether what follows is no more than a comparison with None."""
+    if after and "NONE" in after[0].opname:
+        return True
+    return [step.opname for step in after] == ["LOAD_CONST", "IS_OP"] and after[0].argval is None
+
+
+def _read(names: list[str]) -> Iterator[Chain]:
+    """The layer in a chain of names whose weight is read, if there is one."""
+    for place, name in enumerate(names):
+        if name in _OWN:
+            if place and not _ABOUT & {*names[place + 1 : place + 2]}:
+                yield tuple(names[:place])
+            return

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from surgery.errors import Report, Span
 from surgery.language import syntax as ast
 from surgery.model.bare import out_of_reach
-from surgery.model.bypassed import READ_BY_OWNER
+from surgery.model.bypassed import read_by
 from surgery.model.candidates import kind_at
 from surgery.model.facts import Holds
 from surgery.model.holder import parameters_of
@@ -25,7 +25,7 @@ from surgery.model.inventory import (
     sizes_of,
     survey,
 )
-from surgery.model.layers import LayerKind, Mode, base_class, qualified_name
+from surgery.model.layers import LayerKind, Mode
 from surgery.model.nearest import listing, plural, tails
 from surgery.model.parts import WHOLE, ParameterSlice
 from surgery.model.scopes import Names, regions_of
@@ -239,11 +239,14 @@ def _path_at(entry: Entry, at: ParameterSlice) -> str:
 
 
 def _bypassed(entry: Entry, inventory: Inventory) -> bool:
-    """Whether the owner may read the weight without calling the layer."""
-    if entry.parent < 0:
-        return False
-    owner = base_class(inventory.entries[entry.parent].module)
-    return any((qualified_name(cls), entry.name) in READ_BY_OWNER for cls in owner.__mro__)
+    """Whether a module above may read the weight without calling the layer."""
+    chain: tuple[str, ...] = ()
+    while entry.parent >= 0:
+        chain = (entry.name, *chain)
+        entry = inventory.entries[entry.parent]
+        if read_by(entry.module, chain):
+            return True
+    return False
 
 
 _TIES = "for all of them to change, or `untie` for this one alone"

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
-import transformers
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from surgery.model.bypassed import READ_BY_OWNER
 from surgery.model.layers import LayerKind, kind_of
 
 # torch says so once, of the module itself, where the two sides of "same" differ.
@@ -207,32 +203,3 @@ class Mounted(Inherits):
 def test_a_row_holds_only_for_its_own_forward(module: nn.Module, name: str | None) -> None:
     found = kind_of(module)
     assert (found and found.name) == name
-
-
-READ = re.compile(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape))")
-OWNER = re.compile(r"^class (\w+)", re.MULTILINE)
-
-
-def reads_in_transformers() -> set[tuple[str, str]]:
-    """The owners that read a weight of their child, and the child."""
-    assert transformers.__file__ is not None
-    found: set[tuple[str, str]] = set()
-    for path in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
-        text = path.read_text(encoding="utf-8")
-        module = f"transformers.models.{path.parent.name}.{path.stem}"
-        classes = [(owner.start(), owner[1]) for owner in OWNER.finditer(text)]
-        for read in READ.finditer(text):
-            line = text[text.rfind("\n", 0, read.start()) : read.start()]
-            above = [name for start, name in classes if start < read.start()]
-            # What is gathered to be parametrized is not read in a forward.
-            if above and "GatheredParameters" not in line:
-                found.add((f"{module}.{above[-1]}", read[1]))
-    return found
-
-
-def test_the_owners_that_read_the_weight_of_a_convolution_are_known() -> None:
-    reads = reads_in_transformers()
-    known = {row for row in READ_BY_OWNER if row[0].startswith("transformers.")}
-    assert known
-    assert known <= reads
-    assert {(owner, child) for owner, child in reads if "conv" in child} <= known
