@@ -16,7 +16,7 @@ from itertools import pairwise
 from types import CodeType, FunctionType
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from surgery.model.layers import base_class, qualified_name
 
@@ -53,7 +53,12 @@ UNLESS: Mapping[tuple[str, str], Callable[[Any], bool]] = {
 
 
 def read_by(owner: nn.Module, chain: Chain) -> bool:
-    """Whether a module may read the weight of a layer below it without calling the layer."""
+    """Whether a module may read the weight of a layer below it without calling the layer.
+
+    What a graph reads is seen in the graph.
+    """
+    if isinstance(owner, fx.GraphModule):
+        return False
     cls = base_class(owner)
     if chain not in reads(cls):
         return False
