@@ -18,6 +18,7 @@ from typing import Protocol, TypeVar, cast
 
 from torch import Tensor, nn
 
+from surgery.algebra.equations import Random
 from surgery.algebra.expr import render
 from surgery.arguments import Link
 from surgery.check import DEFAULT_ADAPTER, Resolved, resolve
@@ -318,7 +319,8 @@ def check_tensors(plan: Plan, loaded: Loaded) -> None:
     """Whether a loaded adapter's tensors are those of a plan. Raises ArtifactError (E518)."""
     report = Report()
     rows = mapping_of(plan).index(ADAPTED, loaded.adapter)
-    for name in sorted(rows.keys() ^ loaded.tensors.keys()):
+    redrawn = {name for name, row in rows.items() if row.redrawn}
+    for name in sorted((rows.keys() ^ loaded.tensors.keys()) - redrawn):
         what = "is missing" if name in rows else "is no tensor of the adapter"
         report.error("E518", f"`{name}` {what}", hint=_OTHER_FOLDER)
     for name in sorted(rows.keys() & loaded.tensors.keys()):
@@ -327,6 +329,23 @@ def check_tensors(plan: Plan, loaded: Loaded) -> None:
             message = f"`{name}` has shape {list(shape)}, not {list(wanted)}"
             report.error("E518", message, hint=_OTHER_FOLDER)
     report.stop()
+    _check_places(plan, loaded, report)
+    report.stop()
+
+
+def _check_places(plan: Plan, loaded: Loaded, report: Report) -> None:
+    """Whether places are in the matrices that they are of (E518)."""
+    for site in plan.sites:
+        for p in site.form.parameters:
+            name = site.adapted(p.name)
+            if not isinstance(p.beginning, Random) or not p.whole or name not in loaded.tensors:
+                continue
+            sizes = dict(p.beginning.arguments)
+            places = loaded.tensors[name]
+            ends = places.new_tensor([[sizes["rows"]], [sizes["columns"]]])
+            if bool(((places < 0) | (places >= ends)).any()):
+                message = f"`{name}` has places outside of {sizes['rows']:g} × {sizes['columns']:g}"
+                report.error("E518", message, hint=_OTHER_FOLDER)
 
 
 __all__ = ["Loaded", "SaveReport", "check_tensors", "load_artifact", "save_adapter"]

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from surgery.algebra.axes import Size, evaluate
+from surgery.algebra.axes import Size, evaluate, size
 from surgery.algebra.elaborate import asks_sizes, instantiate
-from surgery.algebra.equations import Equations
+from surgery.algebra.equations import Equations, Parameter, Random
 from surgery.algebra.expr import TOKENS, Expr, walk
+from surgery.algebra.hidden import hidden_sizes
 from surgery.algebra.rules import is_zero
-from surgery.algebra.shapes import hidden_sizes
 from surgery.arguments import Link
 from surgery.errors import Diagnostic, Span, SurgeryError
 from surgery.language import syntax as ast
@@ -103,11 +103,20 @@ def _demands(equations: Equations) -> Iterator[_Demand]:
     for p in equations.parameters:
         for length in p.shape:
             yield _whole(length, 1, p.span)
+        if p.whole:
+            yield _whole(_places_left(p), 0, p.span)
         if isinstance(p.beginning, Expr):
             yield from _within(p.beginning, p.span)
     for root in (equations.weight, equations.bias, equations.input, equations.output):
         if root is not None:
             yield from _within(root, None)
+
+
+def _places_left(p: Parameter) -> Size:
+    """How many places of a matrix are not drawn."""
+    assert isinstance(p.beginning, Random)
+    sizes = dict(p.beginning.arguments)
+    return size(sizes["rows"]) * size(sizes["columns"]) - p.shape[-1]
 
 
 def _within(root: Expr, where: Span | None) -> Iterator[_Demand]:

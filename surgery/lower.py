@@ -161,7 +161,9 @@ def _key(site: PlannedSite, banks: _Banks) -> Lowering:
         site.form,
         "" if isinstance(site, MixedSite) else site.adapter,
         tuple((name, *banks[key]) for name, key in shared),
-        narrow=tuple(n for n, source, _ in own if source.form.dtype != site.form.dtype),
+        narrow=tuple(
+            n for n, source, p in own if source.form.dtype != site.form.dtype and not p.whole
+        ),
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn, TypeVar, cast, get_args
 
@@ -17,6 +16,7 @@ import torch
 
 from surgery import language
 from surgery.algebra.equations import KINDS
+from surgery.algebra.scalars import did_you_mean
 from surgery.arguments import Arguments, Link
 from surgery.check import Resolved, typed
 from surgery.digests import Digest
@@ -87,6 +87,7 @@ def manifest_data(
         "tensors": [
             {"file": row.key(form), "native": row.native, "adapted": row.adapted}
             for row in mapping.rows
+            if row.key(form) is not None
         ],
     }
 
@@ -250,8 +251,7 @@ class Manifest:
             self._refuse("a site is not described by path, method and arguments")
         method = resolved.library.method(name)
         if method is None:
-            near = get_close_matches(name, resolved.library.names(), 1)
-            hint = f"did you mean `{near[0]}`?" if near else ""
+            hint = did_you_mean(name, resolved.library.names())
             refuse("E514", f"{self.path}: `{path}` has the unknown method `{name}`", hint=hint)
         return Link(method, self._arguments(method, cast("dict[str, object]", given)))
 

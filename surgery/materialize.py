@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from surgery.algebra.axes import evaluate
-from surgery.algebra.beginnings import draw, stream
+from surgery.algebra.beginnings import draw, drawn_again, stream
 from surgery.algebra.derive import parameters_in
 from surgery.algebra.equations import Parameter, Random
 from surgery.algebra.expr import BIAS, WEIGHT, Expr, depends_on
@@ -66,7 +65,7 @@ def _matrix_tensors(
     shared = {p.name: given[p.name] for p in form.parameters if p.shared and p.name in given}
     known = ChainMap(made, shared)
     leaves = _Leaves(site, at, known)
-    domain = Domain(form.names, leaves, lambda: torch.zeros((), dtype=torch.float64))
+    values = Evaluator(Domain(form.names, leaves, lambda: torch.zeros((), dtype=torch.float64)))
     for p in form.parameters:
         if p.shared:
             continue
@@ -79,8 +78,8 @@ def _matrix_tensors(
         elif p.name in form.lying and p.beginning is WEIGHT and device.type != "meta":
             value = _copied(module, at, form.dtype)
         else:
-            value = _begin(p, form, device, (seed, site.adapter, path), Evaluator(domain))
-        made[p.name] = placed(value, device, form.dtype)
+            value = _begin(p, form, device, (seed, site.adapter, path), values)
+        made[p.name] = placed(value, device, form.dtype_of(p))
     return made
 
 
@@ -117,15 +116,17 @@ def _begin(
 ) -> Tensor:
     shape = _shape(p, form)
     if device.type == "meta":
-        return torch.empty(shape, dtype=form.dtype, device=device)
+        return torch.empty(shape, dtype=form.dtype_of(p), device=device)
     if isinstance(p.beginning, Random):
-        return _drawn(p.beginning, p.name, shape, names)
+        return _drawn(p.beginning, p.of or p.name, shape, names)
     if p.beginning.op == "number":
         value = evaluate(constant(p.beginning), form.names)
         return torch.full(shape, value, dtype=form.dtype, device=device)
     with torch.no_grad():
         value = values.value(p.beginning)
-        return value.expand(shape) if value.dim() == 0 else value.reshape(shape)
+        value = value.expand(shape) if value.dim() == 0 else value.reshape(shape)
+        # A copy, for parts of it may be what others begin with; and as it would come from a file.
+        return value.clone(memory_format=torch.contiguous_format)
 
 
 def _shape(p: Parameter, form: SiteClass) -> tuple[int, ...]:
@@ -143,9 +144,10 @@ def _copied(module: nn.Module, at: ParameterSlice, dtype: torch.dtype) -> Tensor
 def _drawn(
     beginning: Random, name: str, shape: tuple[int, ...], names: tuple[str | int, ...]
 ) -> Tensor:
-    source = (beginning.seed,) if beginning.seed is not None else names
-    generator = stream(*cast(tuple[str | int, ...], source), name)
-    return draw(beginning.distribution, dict(beginning.arguments), shape, generator)
+    arguments = dict(beginning.arguments)
+    if beginning.seed is not None:
+        return drawn_again(beginning.distribution, arguments, shape, beginning.seed, name)
+    return draw(beginning.distribution, arguments, shape, stream(*names, name))
 
 
 class _Leaves:

@@ -222,7 +222,8 @@ class _Leaves:
 
     def anchor(self) -> Tensor:
         """Some tensor of the dtype and device of the parameters."""
-        names = [p.name for p in self.key.form.parameters if p.name not in self.key.narrow]
+        of_dtype = (p.name for p in self.key.form.parameters if not p.whole)
+        names = [name for name in of_dtype if name not in self.key.narrow]
         if not names:
             return self._own("weight")
         return self._parameter(next((n for n in names if n not in self.banks), names[0]))

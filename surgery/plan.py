@@ -6,7 +6,7 @@ shape. All that is derived, checked and later lowered is done once for a class.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from math import prod
@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from surgery.algebra import scalars
+from surgery.algebra.axes import evaluate
 from surgery.algebra.compose import Unchained, composed
 from surgery.algebra.derive import derive
 from surgery.algebra.elaborate import asks_sizes, instantiate
-from surgery.algebra.equations import Equations
+from surgery.algebra.equations import Equations, Parameter
 from surgery.algebra.filters import Filter, asks
 from surgery.arguments import (
     Arguments,
@@ -342,17 +343,27 @@ def _without_layer(diagnostics: Iterable[Diagnostic], site: Site) -> Iterator[Di
 
 def _shared(sites: Iterable[PlannedSite]) -> Iterator[SharedParameter]:
     found: dict[SharedKey, SharedParameter] = {}
+    largest: dict[SharedKey, dict[str, int]] = {}
     for site in sites:
         form = site.form
         for p in form.parameters:
             if not p.shared:
                 continue
-            key, shape = form.bank(site.adapter, p), form.shapes[p.name]
+            key = form.bank(site.adapter, p)
+            names = largest.setdefault(key, {})
+            names.update({n: max(v, names.get(n, v)) for n, v in form.sizes.names.items()})
+            shape = _shape_for(p, form.shapes[p.name], names)
             declared = replace(p, name=p.declared_name, declared="", link=0)
-            one = SharedParameter(*key[:3], declared, shape, form.dtype, site.site.device)
+            one = SharedParameter(*key[:3], declared, shape, form.dtype_of(p), site.site.device)
             before = found.get(key)
             found[key] = one if before is None else _larger(before, shape)
     yield from found.values()
+
+
+def _shape_for(p: Parameter, own: tuple[int, ...], largest: Mapping[str, int]) -> tuple[int, ...]:
+    """What a site asks of a shared parameter, or the largest sizes, each of whichever site."""
+    asked = (evaluate(length, largest) for length in p.shape)
+    return tuple(max(o, a) if isinstance(a, int) else o for o, a in zip(own, asked, strict=True))
 
 
 def _larger(shared: SharedParameter, shape: tuple[int, ...]) -> SharedParameter:

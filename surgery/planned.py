@@ -139,7 +139,7 @@ class Plan:
         for site in self.sites:
             for p in site.form.parameters:
                 if not p.shared:
-                    yield prod(site.form.stored[p.name]), p.trained, site.form.dtype
+                    yield prod(site.form.stored[p.name]), p.trained, site.form.dtype_of(p)
         for shared in self.shared:
             yield prod(shared.shape), shared.parameter.trained, shared.dtype
 
@@ -215,6 +215,7 @@ def _told(site: PlannedSite) -> Iterator[str]:
     yield f"  {form.derived.merge_class}: {note}"
     if _adds_bias(site):
         yield f"  {form.named} adds a bias to layers that have none when it is merged"
+    yield from _start(form)
     if site.site.at.tensor:
         yield "  a copy of the parameter is read and trained, and the base's own is not written"
         buffers = ", ".join(buffers_beside(site.site.module))
@@ -224,6 +225,12 @@ def _told(site: PlannedSite) -> Iterator[str]:
         yield "  W' is built whenever the weight is read, for the forward is not the layer's own"
     if site.site.tie is not None:
         yield f"  {_TIE_NOTES[site.site.tie]}"
+
+
+def _start(form: SiteClass) -> Iterator[str]:
+    kept = ", ".join(p.name for p in form.parameters if p.of)
+    if kept:
+        yield f"  changes W at the start, by what is kept as {kept}; the base is not written"
 
 
 def _adds_bias(site: PlannedSite) -> bool:
@@ -312,7 +319,7 @@ def _site_json(site: PlannedSite) -> dict[str, object]:
                 "shape": list(form.stored[p.name]),
                 "trained": p.trained,
                 "shared": p.shared,
-                "dtype": _dtype(form.dtype),
+                "dtype": _dtype(form.dtype_of(p)),
                 "begins": p.begins,
             }
             for p in form.parameters

@@ -314,7 +314,9 @@ def _refuse_known_names(state: State, made: Plan) -> None:
 def _given_at(site: PlannedSite, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not given:
         return {}
-    return {p.name: given[site.adapted(p.name)] for p in site.form.parameters if not p.shared}
+    names = {p.name: site.adapted(p.name) for p in site.form.parameters if not p.shared}
+    # What is drawn again may be in no file, and whatever else must be was found missing before.
+    return {name: given[adapted] for name, adapted in names.items() if adapted in given}
 
 
 def _fill(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from surgery.algebra.axes import Size, evaluate
+from surgery.algebra.beginnings import WHOLE as WHOLE_NUMBERS
 from surgery.algebra.derive import Derived
 from surgery.algebra.equations import Parameter
 from surgery.algebra.expr import WEIGHT, render
@@ -130,6 +131,10 @@ class SiteClass:
     def parameters(self) -> tuple[Parameter, ...]:
         """The declared parameters, in order."""
         return self.derived.equations.parameters
+
+    def dtype_of(self, p: Parameter) -> torch.dtype:
+        """The dtype of a parameter: that of the sites', but of whole numbers their own."""
+        return WHOLE_NUMBERS if p.whole else self.dtype
 
     def bank(self, adapter: str, p: Parameter) -> SharedKey:
         """What names a shared parameter of an adapter, which other sites know by other names."""

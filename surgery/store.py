@@ -11,6 +11,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -48,6 +49,7 @@ class TensorFile(Mapping[str, Tensor]):
         """Read the header."""
         self.path = path
         self._handle = handle
+        self._own: Mapping[str, str] = {}
         with _reading(path):
             names = handle.keys()
             self.metadata: Mapping[str, str] = handle.metadata() or {}
@@ -61,7 +63,14 @@ class TensorFile(Mapping[str, Tensor]):
             raise KeyError(name)
         with _reading(self.path):
             # A copy: the file may be replaced while the tensor lives.
-            return self._handle.get_tensor(name).clone()
+            return self._handle.get_tensor(self._own.get(name, name)).clone()
+
+    def renamed(self, names: Mapping[str, str]) -> TensorFile:
+        """The same file with some of its tensors under other names: their own to the others."""
+        other = copy(self)
+        other._own = {new: self._own.get(name, name) for name, new in names.items()}
+        other.shapes = {names.get(name, name): shape for name, shape in self.shapes.items()}
+        return other
 
     def __iter__(self) -> Iterator[str]:
         """The names, in the file's order."""

@@ -162,10 +162,16 @@ class Shaped:
         made = tuple(whole // known if s < 0 else s for s in sizes)
         return self.of((*self.shape[:at], *made, *self.shape[at + 1 :]))
 
-    def flatten(self, start: int) -> Shaped:
-        """The axes from one on as one."""
-        at = start % len(self.shape)
-        return self.of((*self.shape[:at], prod(self.shape[at:])))
+    def flatten(self, start: int, end: int = -1) -> Shaped:
+        """The axes from one to another as one."""
+        at, last = start % len(self.shape), end % len(self.shape) + 1
+        return self.of((*self.shape[:at], prod(self.shape[at:last]), *self.shape[last:]))
+
+    def narrow(self, dim: int, start: int, length: int) -> Shaped:
+        """Some of an axis."""
+        del start
+        at = dim % len(self.shape)
+        return self.of((*self.shape[:at], length, *self.shape[at + 1 :]))
 
     def unsqueeze(self, dim: int) -> Shaped:
         """One more axis, of length 1."""
@@ -239,6 +245,12 @@ def _matmul(left: Shaped, right: Shaped) -> Shaped:
     return _result((*batch, *rows, *columns), left, right).counted(work)
 
 
+def _selected(x: Shaped, dim: int, index: int) -> Shaped:
+    del index
+    at = dim % len(x.shape)
+    return x.of((*x.shape[:at], *x.shape[at + 1 :]))
+
+
 def _pad(x: Shaped, amounts: Sequence[int], *rest: object) -> Shaped:
     del rest
     return x.of((*x.shape[:-1], x.shape[-1] + sum(amounts)))
@@ -249,16 +261,33 @@ def _looked_up(index: Shaped, table: Shaped, *rest: object) -> Shaped:
     return index.of(table.shape[1:])
 
 
+def _correlated(x: Shaped, blocks: Shaped) -> Shaped:
+    p, q, b = blocks.shape
+    forth, back = (n * b * b.bit_length() for n in (q, p))
+    blocks.counted(p * forth)
+    # A product of p x q complex numbers for each of half of the frequencies.
+    return _result((*x.shape[:-1], p * b), x).counted(forth + 2 * p * q * (b // 2 + 1) + back)
+
+
 def _as_it_is(x: Shaped, *rest: object) -> Shaped:
     del rest
     return x
 
 
+def _joined(parts: Sequence[Shaped], axis: int) -> Shaped:
+    first, at = parts[0], axis % len(parts[0].shape)
+    length = sum(part.shape[at] for part in parts)
+    return _result((*first.shape[:at], length, *first.shape[at + 1 :]), *parts)
+
+
 _FUNCTIONS: Mapping[str, Callable[..., Shaped]] = {
     "linear": _linear,
     "matmul": _matmul,
+    "cat": _joined,
     "pad": _pad,
+    "select": _selected,
     "embedding": _looked_up,
+    "correlate": _correlated,
     "dropout": _as_it_is,  # it is the identity where nothing is trained
     "detach": _as_it_is,
 }
@@ -267,7 +296,7 @@ _FUNCTIONS: Mapping[str, Callable[..., Shaped]] = {
 
 # ---------------------------------------------------------------------------------- counting
 
-_TWICE = frozenset({"matmul", "cayley", "inverse"})
+_TWICE = frozenset({"matmul", "cayley", "inverse", "reflectors", "orthonormal", "butterfly"})
 """Operators whose multiplications each come with an addition."""
 
 

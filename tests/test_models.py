@@ -37,6 +37,11 @@ EVERY = {
     "ia3 in": 'ia3(side="in")',
     "vera": "vera(r=5)",
     "oft": "oft(block_size=4)",
+    "loha": "loha(r=3)",
+    "lokr": "lokr(r=2)",
+    "hra": "hra(r=4)",
+    "boft": "boft(block_size=6, n_butterfly_factor=2)",
+    "gralora": "gralora(r=4)",
 }
 every_method = pytest.mark.parametrize("method", EVERY)
 

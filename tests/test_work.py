@@ -59,6 +59,12 @@ def _elements(args: Sequence[Any], out: Tensor) -> int:
     return out.numel() if out.is_floating_point() else 0
 
 
+def _transform(args: Sequence[Any], out: Tensor) -> int:
+    """Of the axes in its second argument, for each of which a number meets log n others."""
+    larger = max(args[0], out, key=Tensor.numel)
+    return larger.numel() * prod(larger.shape[a] for a in args[1]).bit_length()
+
+
 COUNTS: Mapping[str, Callable[[Sequence[Any], Any], int]] = {
     **dict.fromkeys(("mm", "bmm", "mv", "dot"), _product),
     **dict.fromkeys(("addmm", "baddbmm"), _product_and_sum),
@@ -66,6 +72,7 @@ COUNTS: Mapping[str, Callable[[Sequence[Any], Any], int]] = {
     **dict.fromkeys(("clone", "copy_", "_to_copy", "fill_"), lambda args, out: 0),
     **dict.fromkeys(("sum", "linalg_vector_norm"), lambda args, out: args[0].numel()),
     "convolution": _convolution,
+    **dict.fromkeys(("_fft_r2c", "_fft_c2r", "_fft_c2c"), _transform),
 }
 
 

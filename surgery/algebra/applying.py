@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from surgery.algebra.axes import Scalar
 from surgery.algebra.expr import IN, OUT, Expr, node, number
-from surgery.algebra.values import Facts, unit
+from surgery.algebra.values import Facts, correlate, turned, unit
 
 _ONE = number(1)
 _MINUS_ONE = number(-1)
@@ -195,6 +195,12 @@ def kron(go: Applier, expr: Expr, v: Vector) -> Vector | None:
     return go.mapped(expr, v, two_products)
 
 
+def circulant(go: Applier, expr: Expr, v: Vector) -> Vector | None:
+    """Each block by its part of x, as a product of their transforms."""
+    blocks = expr.args[0]
+    return go.mapped(expr, v, lambda x: correlate(x, go.value(blocks)))
+
+
 def tile(go: Applier, expr: Expr, v: Vector) -> Vector | None:
     """The sum of the parts of x, and then a."""
     if expr.shape[1] == IN and v.grouped:
@@ -219,6 +225,27 @@ def _summed(expr: Expr, offset: Expr) -> Expr:
     one = node("eye", (), (width, width), (("size", width),))
     parts = node("tile", (one,), (width, columns), expr.attrs)
     return node("matmul", (parts, offset), (width,))
+
+
+def rotate_half(go: Applier, expr: Expr, v: Vector) -> Vector | None:
+    """The rows are turned by turning a x."""
+    a = expr.args[0]
+    if a.shape[0] == OUT and go.split(v):
+        return None  # a x has joined the groups, and turning would mix them
+    features = go.features(go.apply(a, v))
+    if features is None:
+        return None
+    facts = go.facts(expr)
+    tensor = turned(features.tensor, -1, facts.shape[0], facts.integer("size"))
+    offset = None if features.offset is None else _turned(expr, features.offset)
+    return replace(features, tensor=tensor, offset=offset)
+
+
+def _turned(expr: Expr, offset: Expr) -> Expr:
+    """An offset, turned; its sign stays outside, where a bias that is taken off is seen to be."""
+    if offset.op == "neg":
+        return node("neg", (_turned(expr, offset.args[0]),), offset.shape)
+    return node("rotate_half", (offset,), offset.shape, expr.attrs)
 
 
 def eye(go: Applier, expr: Expr, v: Vector) -> Vector:

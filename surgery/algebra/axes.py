@@ -201,6 +201,26 @@ def _inverted(value: Fraction) -> Fraction:
     return 1 / value
 
 
+_MOST_DIVIDED = 2**32
+
+
+def divisor(n: float | Fraction, most: float | Fraction) -> int:
+    """A divisor of n: `most` if it is one, else the largest up to `most` and the root of n.
+
+    With `most` = -1 the root alone bounds it. Raises ValueError for what is not whole, and
+    OverflowError for what is too large to be divided soon.
+    """
+    if n != int(n) or most != int(most) or n < 1:
+        raise ValueError("only whole numbers have divisors")
+    if n > _MOST_DIVIDED:
+        raise OverflowError("the number is too large")
+    whole, bound = int(n), int(n if most == -1 else most)
+    if most > 0 and whole % bound == 0:
+        return bound
+    tried = range(min(bound, math.isqrt(whole)), 1, -1)
+    return next((d for d in tried if whole % d == 0), 1)
+
+
 Function = Callable[..., "int | float | Fraction"]
 
 FUNCTIONS: Mapping[str, Function] = {
@@ -215,6 +235,7 @@ FUNCTIONS: Mapping[str, Function] = {
     "mod": cast(Function, operator.mod),
     "pow": _power,
     "reciprocal": _inverted,
+    "divisor": divisor,
 }
 
 

@@ -11,9 +11,13 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+WHOLE = torch.int32
+"""The dtype of parameters that are whole numbers, whatever that of the others is."""
 
 _LARGEST = 1e30  # float32 ends at 3e38, and a bound is multiplied by a root
 
@@ -25,13 +29,20 @@ class Distribution:
     `fill(tensor, generator, **arguments)` works in place on float32; fan-in is the number of
     elements of one slice of the first axis, as torch counts it. `order`, if given, names two
     arguments of which the first may not be above the second, and `positive` those that may not be
-    below 0.
+    below 0. `whole`: what is drawn are places [2, n] of a matrix, whole numbers as int32, all
+    arguments must be given, and a seed is torch's own, as others draw such places too.
     """
 
     arguments: Mapping[str, float]
     fill: Callable[..., Tensor]
     order: tuple[str, str] | None = None
     positive: tuple[str, ...] = ()
+    whole: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is drawn."""
+        return WHOLE if self.whole else torch.float32
 
     def objection(self, values: Mapping[str, float]) -> str:
         """What is wrong with some arguments; "" if nothing is."""
@@ -63,6 +74,13 @@ def _kaiming_uniform(t: Tensor, generator: torch.Generator, a: float) -> Tensor:
     return t.uniform_(-bound, bound, generator=generator)
 
 
+def _paired_kaiming_uniform(t: Tensor, generator: torch.Generator, a: float) -> Tensor:
+    if t.shape[-1] % 2:
+        return _kaiming_uniform(t, generator, a)
+    half = _kaiming_uniform(torch.empty(*t.shape[:-1], t.shape[-1] // 2), generator, a)
+    return t.copy_(half.repeat_interleave(2, dim=-1))
+
+
 def _kaiming_normal(t: Tensor, generator: torch.Generator, a: float) -> Tensor:
     return t.normal_(0, math.sqrt(2 / ((1 + a * a) * _fan_in(t))), generator=generator)
 
@@ -76,14 +94,24 @@ def _xavier_normal(t: Tensor, generator: torch.Generator, gain: float) -> Tensor
     return t.normal_(0, gain * math.sqrt(2 / (_fan_in(t) + t.shape[0])), generator=generator)
 
 
-# Names and arguments are torch.nn.init's.
+def _places(t: Tensor, generator: torch.Generator, rows: float, columns: float) -> Tensor:
+    every = torch.randperm(int(rows) * int(columns), generator=generator)
+    chosen = every[: t.shape[1]]
+    return t.copy_(torch.stack([chosen // int(columns), chosen % int(columns)]))
+
+
+# Names and arguments are torch.nn.init's, but for `places`.
 DISTRIBUTIONS: Mapping[str, Distribution] = {
     "uniform": Distribution({"low": 0.0, "high": 1.0}, _uniform, order=("low", "high")),
     "normal": Distribution({"mean": 0.0, "std": 1.0}, _normal, positive=("std",)),
     "kaiming_uniform": Distribution({"a": 0.0}, _kaiming_uniform),
+    "paired_kaiming_uniform": Distribution({"a": 0.0}, _paired_kaiming_uniform),
     "kaiming_normal": Distribution({"a": 0.0}, _kaiming_normal),
     "xavier_uniform": Distribution({"gain": 1.0}, _xavier_uniform, positive=("gain",)),
     "xavier_normal": Distribution({"gain": 1.0}, _xavier_normal, positive=("gain",)),
+    "places": Distribution(
+        {"rows": 0.0, "columns": 0.0}, _places, positive=("rows", "columns"), whole=True
+    ),
 }
 
 
@@ -99,7 +127,24 @@ def draw(
     shape: tuple[int, ...],
     generator: torch.Generator,
 ) -> Tensor:
-    """A tensor of `shape` in float32 on the CPU. KeyError for an unknown distribution."""
+    """A tensor of `shape` in float32 on the CPU; places in int32. KeyError for an unknown name."""
     row = DISTRIBUTIONS[distribution]
     values = {name: arguments.get(name, default) for name, default in row.arguments.items()}
-    return row.fill(torch.empty(shape, dtype=torch.float32), generator, **values)
+    return row.fill(torch.empty(shape, dtype=row.dtype), generator, **values)
+
+
+def drawn_again(
+    distribution: str, arguments: Mapping[str, float], shape: tuple[int, ...], seed: int, name: str
+) -> Tensor:
+    """A tensor that its seed alone determines, whatever it belongs to."""
+    if DISTRIBUTIONS[distribution].whole:
+        return _placed(distribution, tuple(arguments.items()), shape, seed)
+    return draw(distribution, arguments, shape, stream(seed, name))
+
+
+@lru_cache(maxsize=16)  # one for all sites of a shape: it permutes as many numbers as there are
+def _placed(
+    distribution: str, arguments: tuple[tuple[str, float], ...], shape: tuple[int, ...], seed: int
+) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return draw(distribution, dict(arguments), shape, generator)

@@ -107,6 +107,7 @@ def _renamed(p: Parameter, suffix: str, names: dict[Expr, Expr]) -> Parameter:
         name=f"{p.name}{suffix}",
         beginning=substitute(begins, dict(names)) if isinstance(begins, Expr) else begins,
         declared=p.declared_name,
+        of=f"{p.of}{suffix}" if p.of else "",
     )
 
 

@@ -48,8 +48,38 @@ def _kind_place(method: ast.Method) -> Span:
 def check_arguments(method: ast.Method, arguments: Mapping[str, object]) -> tuple[Diagnostic, ...]:
     """What is wrong with a sound definition at these arguments, some of which may be open."""
     report = Report()
+    _check_texts(method, arguments, report)
     _check_ways(method, arguments, report)
     return tuple(report.found)
+
+
+def _check_texts(method: ast.Method, arguments: Mapping[str, object], report: Report) -> None:
+    """E111 for a text that is none of several which the method tells apart."""
+    for argument in method.arguments:
+        value = arguments.get(argument.name)
+        known = sorted({*_texts(method, argument.name), *_default_text(argument)})
+        if isinstance(value, str) and len(known) > 1 and value not in known:
+            report.error(
+                "E111",
+                f'`{argument.name}` is "{value}", of which {method.name} knows nothing',
+                argument.span,
+                label=did_you_mean(value, known),
+                hint=f"there are: {', '.join(known)}",
+            )
+
+
+def _default_text(argument: ast.Argument) -> tuple[str, ...]:
+    return (argument.default.value,) if isinstance(argument.default, ast.Text) else ()
+
+
+def _texts(method: ast.Method, name: str) -> Iterator[str]:
+    """The texts that an argument is compared with."""
+    for node in nodes(method):
+        match node:
+            case ast.Binary("==" | "!=", ast.Name(id=asked), ast.Text(value=text)) if asked == name:
+                yield text
+            case _:
+                continue
 
 
 def check_chain(links: Sequence[tuple[ast.Method, Mapping[str, object]]]) -> Unchained | None:

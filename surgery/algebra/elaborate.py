@@ -7,18 +7,30 @@ with its arguments as values; `in`, `out` and `channels` stay symbols in both.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, assert_never
 
 from surgery.algebra import scalars
-from surgery.algebra.axes import Size, evaluate, names_in
+from surgery.algebra.axes import Size, evaluate, names_in, size
 from surgery.algebra.beginnings import DISTRIBUTIONS, Distribution
 from surgery.algebra.equations import RESERVED, SIZES, TARGETS, Equations, Parameter, Random
-from surgery.algebra.expr import OUTPUT, Expr, Shape, depends_on, parameter, walk
+from surgery.algebra.expr import (
+    BIAS,
+    OUTPUT,
+    WEIGHT,
+    Expr,
+    Shape,
+    depends_on,
+    parameter,
+    walk,
+)
 from surgery.algebra.mentions import decisions, names, nodes
-from surgery.algebra.rules import constant
+from surgery.algebra.ops import OPS
+from surgery.algebra.rules import constant, substitute
 from surgery.algebra.scalars import Scalars, unknown_name
 from surgery.algebra.shapes import show
+from surgery.algebra.sums import difference
 from surgery.algebra.tensors import Tensors
 from surgery.errors import Report, Span, SurgeryError, refuse
 from surgery.language import syntax as ast
@@ -38,11 +50,14 @@ class Elaborator(Tensors):
         self.sizes = sizes or {}
         self.parameters: dict[str, Parameter] = {}
         self.targets: dict[str, Expr] = {}
+        self.start: Expr = WEIGHT
+        self.taken: frozenset[str] = frozenset()
         self.report = Report()
         self.failed: set[str] = set()
 
     def run(self, method: ast.Method) -> Equations:
         """The equations of a method. Raises DefinitionError."""
+        self.taken = frozenset(_declared(method))
         self._items(method.body)
         self.report.stop()
         if not self.targets:
@@ -52,7 +67,10 @@ class Elaborator(Tensors):
                 method.span,
                 hint="say what becomes of the site: `W' = …`, `b' = …`, `x' = …` or `y' = …`",
             )
-        fields: dict[str, Any] = {TARGETS[t][0]: e for t, e in self.targets.items()}
+        targets = self.targets
+        if self.start is not WEIGHT:  # equations see W after the last change of it
+            targets = {t: self._begun(e) for t, e in {"W": WEIGHT, **targets}.items()}
+        fields: dict[str, Any] = {TARGETS[t][0]: e for t, e in targets.items()}
         return Equations(tuple(self.parameters.values()), **fields)
 
     def holds(self, condition: ast.Expression) -> bool:
@@ -88,6 +106,8 @@ class Elaborator(Tensors):
                 self._declare(item)
             case ast.Equation():
                 self._equation(item)
+            case ast.Assign():
+                self._assign(item)
             case ast.Branch():
                 self._items(item.then if self.holds(item.condition) else item.other)
             case _:
@@ -126,7 +146,95 @@ class Elaborator(Tensors):
                 item.value.span,
                 label=f"this is {show(value.shape)}",
             )
+        self._check_running(value, item.value.span)
         self.targets[item.target] = value
+
+    def _check_running(self, value: Expr, place: Span) -> None:
+        """Refuse what is no work for a forward."""
+        for expr in walk(value):
+            if expr.op in OPS and OPS[expr.op].begins:
+                refuse(
+                    "E136",
+                    f"{expr.op}() stands in a beginning, which is computed once",
+                    place,
+                    hint="begin a parameter with it: `train A[r, in] = …`",
+                )
+
+    # ------------------------------------------------------------------- what W is at the start
+
+    def _assign(self, item: ast.Assign) -> None:
+        """`W := W - D`: W less the beginnings of what D is made of, which are kept for that."""
+        if item.target != "W":
+            refuse(
+                "E101",
+                f"`{item.target}` is nothing that a method can change before it begins",
+                item.span.within(0, len(item.target)),
+                hint="there is `W := W - …`; a local name is given by `let`",
+            )
+        value = self.tensor(item.value)
+        if value.shape != WEIGHT.shape:
+            label = f"this is {show(value.shape)}"
+            refuse("E108", f"W must have shape {show(WEIGHT.shape)}", item.value.span, label=label)
+        self._check_change(difference(value, WEIGHT), item.value.span)
+        self.start = substitute(value, {**self._kept(value), WEIGHT: self.start})
+
+    def _check_change(self, change: Expr | None, place: Span) -> None:
+        """Refuse what is no difference of parameters."""
+        if change is None:
+            return
+        some = tuple(walk(change))
+        self._check_running(change, place)
+        if any(e in (WEIGHT, BIAS) for e in some):
+            refuse(
+                "E137",
+                "W can only begin as W and a difference that is made of parameters",
+                place,
+                hint="declare its factors, as in `train B[out, r] = qr_q(W, r)`, and write "
+                "`W := W - B @ A`",
+            )
+        if any(e.op == "drop" for e in some):
+            refuse("E114", "what W begins as is not random by drop(p)", place, hint="leave it out")
+
+    def _kept(self, value: Expr) -> dict[Expr, Expr]:
+        """For each trained parameter in an expression the frozen one that begins as it does."""
+        read = {e.text("name") for e in walk(value) if e.op == "parameter"}
+        trained = [p for p in self.parameters.values() if p.name in read and p.trained]
+        return {parameter(p.name, p.shape): self._keeping(p) for p in trained}
+
+    def _keeping(self, p: Parameter) -> Expr:
+        if p.shared:
+            refuse(
+                "E123",
+                f"`{p.name}` is shared by all sites and trained, and no beginning of it is kept",
+                p.span,
+                hint="declare it without `shared`, or without `train`",
+            )
+        known = next((q for q in self.parameters.values() if q.of == p.name), None)
+        if known is None:
+            known = self._keep(p)
+        return parameter(known.name, known.shape)
+
+    def _keep(self, p: Parameter) -> Parameter:
+        name = f"{p.name}_0"
+        while name in self.taken or name in self.parameters:
+            name += "_"
+        beginning = p.beginning
+        if isinstance(beginning, Expr):  # of what those began as that it is made of
+            beginning = substitute(beginning, self._kept(beginning))
+        kept = replace(p, name=name, beginning=beginning, trained=False, of=p.name)
+        self.parameters[name] = replace(kept, again=self._is_told(beginning))
+        return self.parameters[name]
+
+    def _is_told(self, beginning: Random | Expr) -> bool:
+        """Whether a kept beginning can be made again, by its seed or of the base."""
+        if isinstance(beginning, Random):
+            return beginning.seed is not None
+        read = (self.parameters[e.text("name")] for e in walk(beginning) if e.op == "parameter")
+        return all(p.again or not p.of for p in read)
+
+    def _begun(self, value: Expr) -> Expr:
+        """An expression over W, of W as it is at this point."""
+        return value if self.start is WEIGHT else substitute(value, {WEIGHT: self.start})
 
     # ------------------------------------------------------------------------ parameters
 
@@ -142,7 +250,10 @@ class Elaborator(Tensors):
 
     def _beginning(self, item: ast.Declaration, shape: Shape) -> Random | Expr:
         if isinstance(item.beginning, ast.Draw):
-            return self._random(item.beginning.distribution, item.shared)
+            beginning = self._random(item.beginning.distribution, item.shared)
+            if beginning.whole:
+                _check_places(item, shape)
+            return beginning
         value = self.tensor(item.beginning)
         if not (value.is_scalar or value.shape == shape):
             refuse(
@@ -152,7 +263,7 @@ class Elaborator(Tensors):
                 label=f"this is {show(value.shape)}",
             )
         self._check_beginning(item, value)
-        return value
+        return self._begun(value)
 
     def _check_beginning(self, item: ast.Declaration, value: Expr) -> None:
         place = item.beginning.span
@@ -186,13 +297,24 @@ class Elaborator(Tensors):
                 hint=f"it has: {', '.join([*row.arguments, 'seed'])}",
             )
         values = {k.name: self._draw_argument(k, row, shared) for k in call.keywords}
+        missing = [n for n in row.arguments if row.whole and n not in values]
+        if missing:
+            refuse(
+                "E104",
+                f"{call.function}() needs all its arguments",
+                call.span,
+                hint=f"say {', '.join(f'{n} = …' for n in missing)}",
+            )
         known = {n: v for n, v in values.items() if v is not None}
         seed = known.pop("seed", None)
         objection = row.objection({**row.arguments, **known})
         if objection:
             refuse("E111", f"{call.function}() cannot be drawn", call.span, label=objection)
         return Random(
-            call.function, tuple(sorted(known.items())), None if seed is None else int(seed)
+            call.function,
+            tuple(sorted(known.items())),
+            None if seed is None else int(seed),
+            row.whole,
         )
 
     def _draw_argument(
@@ -219,6 +341,12 @@ class Elaborator(Tensors):
         return found
 
 
+def _declared(method: ast.Method) -> Iterator[str]:
+    return (
+        n.name for n in nodes(method) if isinstance(n, ast.Let | ast.Declaration | ast.Argument)
+    )
+
+
 class _Numeric(Mapping[str, object]):
     """Names, with the sizes in their values as numbers."""
 
@@ -240,6 +368,17 @@ def _numeric(value: object, sizes: Mapping[str, int]) -> object:
     if isinstance(value, Size) and names_in(value) <= sizes.keys():
         return evaluate(value, sizes)
     return value
+
+
+def _check_places(item: ast.Declaration, shape: Shape) -> None:
+    if item.trained or len(shape) != 2 or shape[0] != size(2):
+        refuse(
+            "E111",
+            f"`{item.name}` begins with places in a matrix",
+            item.span,
+            label="each is a row and a column, and is not trained",
+            hint=f"declare it as `frozen {item.name}[2, n]`",
+        )
 
 
 def _positive(length: Size, span: Span) -> None:

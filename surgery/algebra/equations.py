@@ -36,11 +36,15 @@ TARGETS: Mapping[str, tuple[str, Shape]] = {
 
 @dataclass(frozen=True, slots=True)
 class Random:
-    """A random beginning: a distribution with its arguments; with a `seed` it can be redrawn."""
+    """A random beginning: a distribution with its arguments; with a `seed` it can be redrawn.
+
+    whole: whether whole numbers are drawn.
+    """
 
     distribution: str
     arguments: tuple[tuple[str, float], ...]
     seed: int | None = None
+    whole: bool = False
 
     def __str__(self) -> str:
         """As a method writes it."""
@@ -55,6 +59,8 @@ class Parameter:
 
     link: which of the methods at the site it is of, where one comes after another; from 0 on.
     declared: its name in that method, where it has another here.
+    of: the parameter whose beginning it keeps, which an equation needs after that has moved.
+    again: whether that can be made again of the base and of what is in every file.
     """
 
     name: str
@@ -65,11 +71,24 @@ class Parameter:
     span: Span = field(compare=False, repr=False)
     link: int = 0
     declared: str = ""
+    of: str = ""
+    again: bool = False
 
     @property
     def declared_name(self) -> str:
         """Its name in the method that declares it."""
         return self.declared or self.name
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is made of whole numbers, which are never rounded to another dtype."""
+        return isinstance(self.beginning, Random) and self.beginning.whole
+
+    @property
+    def redrawn(self) -> bool:
+        """Whether it is always what its seed or the base says, so that no file needs to have it."""
+        random = isinstance(self.beginning, Random) and self.beginning.seed is not None
+        return self.again or (random and not self.trained)
 
     @property
     def begins(self) -> str:

@@ -167,4 +167,6 @@ def _rendered(expr: Expr, texts: list[str]) -> str:
 
 
 def _constant(value: Attribute) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_constant, value))})"
     return f'"{value}"' if isinstance(value, str) else str(value)

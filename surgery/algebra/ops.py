@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from surgery.algebra import applying, shapes, undoing, values
+from surgery.algebra import applying, rotations, shapes, undoing, values
 from surgery.algebra.applying import Applier, Vector
 from surgery.algebra.expr import Attribute, Expr
 from surgery.algebra.expr import Shape as Symbolic
@@ -74,6 +74,10 @@ def _inverse_work(shape: Shape, arguments: Shapes) -> int:
     return 2 * prod(shape) * shape[-1]
 
 
+def _factorisation_work(shape: Shape, arguments: Shapes) -> int:
+    return 8 * prod(arguments[0]) * min(arguments[0])
+
+
 def _nothing(shape: Shape, arguments: Shapes) -> int:
     return 0
 
@@ -89,6 +93,32 @@ def _all_elements(shape: Shape, arguments: Shapes) -> int:
 def _kron_work(shape: Shape, arguments: Shapes) -> int:
     (p, q), (s, _) = arguments
     return shape[1] * s + q * p * s
+
+
+def _fourier_work(shape: Shape, arguments: Shapes) -> int:
+    return prod(shape) * prod(shape).bit_length()
+
+
+def _transformed(shape: Shape, arguments: Shapes) -> int:
+    p, q, b = arguments[0]
+    return 2 * p * q * (b + 2) + (p + q) * b * b.bit_length()
+
+
+def _gram_work(shape: Shape, arguments: Shapes) -> int:
+    n, r = arguments[0]
+    return 2 * n * r * r
+
+
+def _reflections_work(shape: Shape, arguments: Shapes) -> int:
+    return prod(shape) * (1 if len(arguments[0]) == 1 else arguments[0][1])
+
+
+def _all_twice(shape: Shape, arguments: Shapes) -> int:
+    return 2 * prod(arguments[0])
+
+
+def _butterfly_work(shape: Shape, arguments: Shapes) -> int:
+    return shape[0] * prod(arguments[0])
 
 
 # --------------------------------------------------------------------------------------- table
@@ -110,6 +140,7 @@ class Op:
     tokenwise: whether it takes activations, token by token.
     work: multiplications to make the value, from the sizes of the result and the arguments.
     apply_work: multiplications a token of `apply` itself, from the same sizes.
+    begins: whether it stands in beginnings alone, being no work for a forward.
     """
 
     name: str
@@ -123,6 +154,7 @@ class Op:
     tokenwise: bool = False
     work: Work = _elements
     apply_work: Work = _rows
+    begins: bool = False
 
 
 def _elementwise(name: str, function: Callable[[Tensor], Tensor]) -> Op:
@@ -130,6 +162,11 @@ def _elementwise(name: str, function: Callable[[Tensor], Tensor]) -> Op:
         return function(a)
 
     return Op(name, shapes.unary, value, spelled=("tensor",), tokenwise=True)
+
+
+def _factor(name: str, shape: ShapeRule, value: ValueRule) -> Op:
+    spelled = ("tensor", "rank")
+    return Op(name, shape, value, spelled=spelled, work=_factorisation_work, begins=True)
 
 
 _T = ("tensor",)
@@ -205,13 +242,68 @@ _ROWS: tuple[Op, ...] = (
     Op("drop", shapes.eye, values.eye, applying.drop, None),
     Op("skew", shapes.skew, values.skew, None, None, ("tensor", "size")),
     Op("cayley", shapes.square, values.cayley, None, None, _T, work=_inverse_work),
+    Op(
+        "rotate_half",
+        shapes.rotate_half,
+        values.rotate_half,
+        applying.rotate_half,
+        undoing.rotate_half,
+        ("tensor", "size"),
+        through=_first,
+        apply_work=_nothing,
+    ),
     Op("inverse", shapes.square, values.inverse, None, None, _T, work=_inverse_work),
-    Op("householder", shapes.diag, values.householder, applying.householder, None, _T),
+    Op(
+        "householder",
+        shapes.householder,
+        rotations.householder,
+        rotations.reflect,
+        None,
+        _T,
+        work=_reflections_work,
+        apply_work=_all_twice,
+    ),
+    Op("reflectors", shapes.transpose, rotations.reflectors, work=_gram_work),
+    Op("orthonormal", shapes.orthonormal, rotations.orthonormal, None, None, _T, work=_gram_work),
+    Op(
+        "butterfly",
+        shapes.butterfly,
+        rotations.butterfly,
+        rotations.fly,
+        None,
+        _T,
+        work=_butterfly_work,
+        apply_work=_all_elements,
+    ),
+    _factor("left_singular", shapes.some_columns, values.left_singular),
+    _factor("least_left_singular", shapes.some_columns, values.least_left_singular),
+    _factor("singular_values", shapes.some, values.singular_values),
+    _factor("right_singular", shapes.some_rows, values.right_singular),
+    _factor("qr_q", shapes.some_columns, values.qr_q),
+    _factor("qr_r", shapes.some_rows, values.qr_r),
     Op("rearrange", shapes.rearrange, values.layout("rearrange"), None, undoing.rearrange),
     Op("repeat", shapes.repeat, values.layout("repeat")),
     Op("reduce", shapes.reduce, values.layout("reduce")),
-    Op("concat", shapes.concat, values.concat),
-    Op("slice", shapes.subscript, values.sliced),
+    Op("concat", shapes.concat, values.concat, work=_nothing),
+    Op("slice", shapes.subscript, values.sliced, work=_nothing),
+    Op(
+        "scatter",
+        shapes.scatter,
+        values.scatter,
+        spelled=("tensor", "tensor", "rows", "columns"),
+        work=_nothing,
+    ),
+    Op(
+        "circulant",
+        shapes.circulant,
+        values.circulant,
+        applying.circulant,
+        None,
+        _T,
+        work=_nothing,
+        apply_work=_transformed,
+    ),
+    Op("ifft2", shapes.transformed, values.ifft2, None, None, _T, work=_fourier_work),
     Op("rownorm", shapes.rowwise, values.rownorm, None, None, _T),
     Op("colnorm", shapes.colwise, values.colnorm, None, None, _T),
     Op("stop_gradient", shapes.unary, values.detach, None, undoing.transparent, _T),
@@ -227,6 +319,7 @@ _ROWS: tuple[Op, ...] = (
     _elementwise("gelu", F.gelu),
     _elementwise("silu", F.silu),
     _elementwise("softmax", values.softmax),
+    Op("topk", shapes.topk, values.topk, spelled=("tensor", "k"), work=_all_elements),
 )
 
 OPS: Mapping[str, Op] = {row.name: row for row in _ROWS}

@@ -189,6 +189,17 @@ def _scale_matrix(e: Expr) -> Expr | None:
     return None
 
 
+def _rotate_half(e: Expr) -> Expr | None:
+    a = e.args[0]
+    if is_zero(a):
+        return zeros(e.shape)  # 0, turned, is 0
+    if a.op == "neg":
+        return make(
+            "neg", make(e.op, a.args[0], size=e.attr("size"))
+        )  # -a, turned, is -(a, turned)
+    return None
+
+
 def _transpose(e: Expr) -> Expr | None:
     rule = _TRANSPOSES.get(e.args[0].op)
     return None if rule is None else rule(e.args[0])
@@ -204,6 +215,10 @@ def _transposed_cayley(a: Expr) -> Expr | None:
     return make("cayley", make("neg", a.args[0])) if _is_skew(a.args[0]) else None
 
 
+def _transposed_reflection(a: Expr) -> Expr | None:
+    return a if len(a.args[0].shape) == 1 else None
+
+
 def _itself(a: Expr) -> Expr:
     return a
 
@@ -214,7 +229,7 @@ _TRANSPOSES: dict[str, Rule] = {
     "diag": _itself,  # symmetric
     "eye": _itself,  # symmetric
     "drop": _itself,  # symmetric
-    "householder": _itself,  # symmetric
+    "householder": _transposed_reflection,  # symmetric, if it is one alone
     "zeros": lambda a: zeros((*a.shape[:-2], a.shape[-1], a.shape[-2])),  # 0ᵀ = 0
     "skew": lambda a: make("neg", a),  # Qᵀ = -Q
     "cayley": _transposed_cayley,  # C(Q)ᵀ = C(-Q), if Qᵀ = -Q
@@ -244,11 +259,18 @@ def _inverse_blocks(a: Expr) -> Expr | None:
     return make(a.op, *(make("inverse", x) for x in a.args))
 
 
+def _inverse_butterfly(a: Expr) -> Expr:
+    # (F_0 F_1 ...)⁻¹ = (F_0⁻ᵀ F_1⁻ᵀ ...)ᵀ
+    turned = make("transpose", make("inverse", a.args[0]))
+    return make("transpose", make("butterfly", turned))
+
+
 # What a⁻¹ is, by the operator of a.
 _INVERSES: dict[str, Rule] = {
     "inverse": lambda a: a.args[0],  # (a⁻¹)⁻¹ = a
     "eye": _itself,  # its own inverse
-    "householder": _itself,  # its own inverse
+    "householder": lambda a: make("transpose", a),  # orthogonal
+    "butterfly": _inverse_butterfly,  # blockwise, the factors in turn
     "drop": lambda a: make("eye", size=a.shape[0]),  # its value is I
     "cayley": lambda a: make("cayley", make("neg", a.args[0])),  # C(Q)⁻¹ = C(-Q)
     "diag": lambda a: make("diag", make("div", number(1), a.args[0])),  # elementwise
@@ -270,7 +292,17 @@ def _constant_gradient(e: Expr) -> Expr | None:
 
 
 def _is_skew(expr: Expr) -> bool:
-    return expr.op == "skew" or (expr.op == "neg" and _is_skew(expr.args[0]))
+    match expr.op:
+        case "skew":
+            return True
+        case "neg":
+            return _is_skew(expr.args[0])
+        case "mul":
+            return expr.args[0].is_scalar and _is_skew(expr.args[1])
+        case "sub":
+            return len(expr.shape) > 1 and make("transpose", expr.args[0]) is expr.args[1]
+        case _:
+            return False
 
 
 def _square(expr: Expr) -> bool:
@@ -292,6 +324,7 @@ _IDENTITIES: dict[str, tuple[Rule, ...]] = {
     "scale_cols": (_scale_matrix,),
     "scale": (_scale_matrix,),
     "transpose": (_transpose,),
+    "rotate_half": (_rotate_half,),
     "inverse": (_inverse,),
     "drop": (_drop,),
     "stop_gradient": (_constant_gradient,),

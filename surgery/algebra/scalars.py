@@ -35,7 +35,9 @@ Decide = Callable[[ast.Expression], bool]
 
 CONSTANTS: Mapping[str, Value] = {"pi": 3.141592653589793, "null": None}
 SCALAR_FUNCTIONS = frozenset(FUNCTIONS) - {"mod", "pow", "reciprocal"}
-_OF_MANY = frozenset({"min", "max"})
+_MANY = 1000
+_COUNTS: Mapping[str, tuple[int, int]] = {"min": (2, _MANY), "max": (2, _MANY), "divisor": (2, 2)}
+"""How many arguments a function takes, at least and at most; one, if it is not listed."""
 
 _ARITHMETIC: Mapping[str, Callable[[Any, Any], Any]] = {
     "+": operator.add,
@@ -178,8 +180,9 @@ class Scalars:
                 expr.keywords[0].span,
                 hint="leave out the name",
             )
-        if len(values) < 2 if name in _OF_MANY else len(values) != 1:
-            wanted = "at least two arguments" if name in _OF_MANY else "one argument"
+        least, most = _COUNTS.get(name, (1, 1))
+        if not least <= len(values) <= most:
+            wanted = {1: "one argument", 2: "two arguments"}.get(most, "at least two arguments")
             refuse("E104", f"{name}() takes {wanted}", expr.span, label=f"here are {len(values)}")
         numbers = [as_number(v, a) for v, a in zip(values, expr.arguments, strict=True)]
         return guarded(expr.span, lambda: function(name, *numbers))
@@ -257,7 +260,9 @@ def _list(names: Iterable[str], most: int = 12) -> str:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The nearest of some names as a question, or ""."""
     likely = nsmallest(_MOST_COMPARED, known, key=lambda other: _distance(name, other))
-    near = get_close_matches(name, likely, 1)
+    near = get_close_matches(name, likely, 3)
+    # Letters in another order are the likelier slip among what is as near.
+    near.sort(key=lambda other: sorted(other) != sorted(name))
     return f"did you mean `{near[0]}`?" if near else ""
 
 

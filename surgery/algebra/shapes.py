@@ -7,7 +7,7 @@ that quotes both sides, and whoever knows the source adds where it was.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import cast
 
@@ -105,6 +105,26 @@ def _scaled(args: tuple[Expr, ...], axis: int, noun: str) -> Shape:
     return shape
 
 
+def some(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
+    """A number for each of so many directions of a matrix [m, n]."""
+    rank(args[0], 2)
+    return (_rank(attrs),)
+
+
+def some_rows(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
+    """So many directions of [m, n], each a row [n]."""
+    return (_rank(attrs), rank(args[0], 2)[1])
+
+
+def some_columns(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
+    """So many directions of [m, n], each a column [m]."""
+    return (rank(args[0], 2)[0], _rank(attrs))
+
+
+def _rank(attrs: Attrs) -> Size:
+    return cast(Size, attrs["rank"])
+
+
 def scale(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
     """A vector by the last axis of an activation."""
     (length,), shape = rank(args[0], 1), args[1].shape
@@ -138,6 +158,56 @@ def kron(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
     return (p * s, q * t)
 
 
+def scatter(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
+    """[n] and their places [2, n] to [rows, columns]."""
+    (count,), places = rank(args[0], 1), args[1].shape
+    if places != (size(2), count):
+        raise Mismatch(f"{count} values have places [2, {count}], not {show(places)}")
+    rows, columns = attrs["rows"], attrs["columns"]
+    assert isinstance(rows, Size)
+    assert isinstance(columns, Size)
+    return (rows, columns)
+
+
+def circulant(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
+    """[p, q, b] to [p * b, q * b]."""
+    p, q, b = rank(args[0], 3)
+    return (p * b, q * b)
+
+
+def transformed(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
+    """A matrix to one of the same shape."""
+    return rank(args[0], 2)
+
+
+def householder(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
+    """[n], or [n, r] for several columns, to [n, n]."""
+    shape = rank_at_least(args[0], 1)
+    return (shape[0], shape[0]) if len(shape) == 1 else (rank(args[0], 2)[0], shape[0])
+
+
+def orthonormal(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
+    """[n, r] as it is, where r ≤ n."""
+    shape = rank(args[0], 2)
+    rest = (shape[0] - shape[1]).number
+    if rest is not None and rest < 0:
+        raise Mismatch(f"{show(shape)} has more columns than rows")
+    return shape
+
+
+def butterfly(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
+    """[m, n, b, b] to [n * b, n * b]."""
+    _, n, p, q = rank(args[0], 4)
+    if p != q:
+        raise Mismatch(f"the blocks of {show(args[0].shape)} are not square")
+    return (n * p, n * p)
+
+
+def topk(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
+    """The argument's own shape."""
+    return rank_at_least(args[0], 1)
+
+
 def skew(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
     """[..., b * (b - 1) / 2] to [..., b, b]."""
     b = attrs["size"]
@@ -146,6 +216,13 @@ def skew(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
     if shape[-1] != b * (b - 1) / 2:
         raise Mismatch(f"a skew matrix of size {b} has {b * (b - 1) / 2} entries, not {shape[-1]}")
     return (*shape[:-1], b, b)
+
+
+def rotate_half(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
+    """[n] or [n, m], of which `size` must divide n."""
+    if len(args[0].shape) not in (1, 2):
+        raise Mismatch(f"needs a vector or a matrix, and here is {show(args[0].shape)}")
+    return args[0].shape
 
 
 def tile(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
@@ -340,18 +417,3 @@ def _length(names: tuple[str, ...], known: dict[str, Size]) -> Size:
 def activation(arg: Expr) -> bool:
     """Whether the argument varies from token to token."""
     return bool(arg.shape) and arg.shape[0] == TOKENS
-
-
-def hidden_sizes(expr: Expr) -> Iterator[tuple[Size, int]]:
-    """Sizes that no shape shows, and the least that each may be: axes of patterns, rests of slices.
-
-    Like those of shapes, they must be whole at every site.
-    """
-    attrs = dict(expr.attrs)
-    if "pattern" in attrs:
-        for length in axis_sizes(expr.args[0].shape, attrs).values():
-            yield length, 1
-    if "bounds" in attrs:
-        for axis, (start, stop) in zip(expr.args[0].shape, slice_bounds(attrs), strict=False):
-            yield start, 0
-            yield axis - stop, 0

@@ -66,6 +66,11 @@ def scale(build: Build, expr: Expr, index: int, target: Expr) -> Expr | None:
     return build(expr.op, reciprocal, target)
 
 
+def rotate_half(build: Build, expr: Expr, index: int, target: Expr) -> Expr:
+    """Solved: a = -rotate_half(target), since two quarter turns are a half turn."""
+    return build("neg", build("rotate_half", target, size=expr.attr("size")))
+
+
 def transparent(build: Build, expr: Expr, index: int, target: Expr) -> Expr:
     """The argument has the value of the result."""
     return target

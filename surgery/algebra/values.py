@@ -6,7 +6,8 @@ never from a tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from functools import lru_cache
 from keyword import iskeyword
@@ -14,12 +15,15 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch.overrides import handle_torch_function, has_torch_function
+from torch.utils.weak import WeakIdKeyDictionary
 
 from surgery.algebra import shapes
 from surgery.algebra.axes import Scalar
 from surgery.algebra.expr import Attribute
 
 _linalg: Any = torch.linalg  # its functions carry no types
+_fft: Any = torch.fft
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,33 +138,86 @@ def skew(facts: Facts, v: Tensor) -> Tensor:
     return square - square.transpose(-1, -2)
 
 
+def rotate_half(facts: Facts, a: Tensor) -> Tensor:
+    """Of each `size` rows of [n] or [n, m] the halves (u, v) become (-v, u)."""
+    return turned(a, 0, facts.shape[0], facts.integer("size"))
+
+
+def turned(a: Tensor, axis: int, length: int, size: int) -> Tensor:
+    """Of each `size` elements along an axis, counted from the left, (u, v) become (-v, u)."""
+    parts = cast(Tensor, a.unflatten(axis, (length // size, 2, size // 2)))
+    inner = axis + 1 if axis >= 0 else axis - 1
+    u, v = parts.narrow(inner, 0, 1), parts.narrow(inner, 1, 1)
+    joined = torch.cat((-v, u), inner)
+    return joined.flatten(axis, axis + 2) if axis >= 0 else joined.flatten(axis - 2, axis)
+
+
+def scatter(facts: Facts, v: Tensor, places: Tensor) -> Tensor:
+    """[n] at their places [2, n] of zeros [rows, columns]; those at one place are added."""
+    rows, columns = facts.shape
+    at = places.long()  # flat, they are more than 32 bits hold
+    flat = at.select(0, 0) * columns + at.select(0, 1)
+    spread = v.new_zeros((rows * columns,)).scatter_add(0, flat, v)
+    return cast(Tensor, spread.unflatten(0, (rows, columns)))
+
+
+def circulant(facts: Facts, k: Tensor) -> Tensor:
+    """[p, q, b] to blocks [b, b], each row of which is that above it, moved on by one."""
+    b = facts.arguments[0][-1]
+    # Rows of 2 b - 1 entries of k, again and again: each begins one before the last did.
+    turns = cast(Tensor, k.repeat(1, 1, 2 * b - 1).unflatten(-1, (b, 2 * b - 1))).narrow(-1, 0, b)
+    return turns.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
+
+
+def ifft2(facts: Facts, a: Tensor) -> Tensor:
+    """The real part of the inverse discrete Fourier transform of [m, n]."""
+    return called(inverse_transform, a)
+
+
+def inverse_transform(a: Tensor) -> Tensor:
+    """The same; in float32 where the dtype is too narrow for a transform."""
+    return _fft.ifft2(a.to(wide_dtype(a))).real.to(a.dtype)
+
+
+def correlate(x: Tensor, k: Tensor) -> Tensor:
+    """Blocks of circulants [p, q, b] by vectors [..., q * b], as products of transforms."""
+    if has_torch_function((x, k)):  # what stands for a tensor takes the whole as one operation
+        return handle_torch_function(correlate, (x, k), x, k)
+    wide, (_, q, b) = wide_dtype(x), k.shape
+    parts = _fft.rfft(x.to(wide).unflatten(-1, (q, b)))  # [..., q, b // 2 + 1]
+    factors = _fft.rfft(k.to(wide)).conj()  # [p, q, b // 2 + 1]
+    summed = torch.einsum("...qf,pqf->...pf", parts, factors)
+    return _fft.irfft(summed, n=b).flatten(-2).to(x.dtype)
+
+
 def cayley(facts: Facts, q: Tensor) -> Tensor:
     """(I - Q) (I + Q)^-1 of [..., n, n]; orthogonal if Q is skew-symmetric."""
     one = q.new_ones((facts.shape[-1],)).diag()
-    return _called(solve, one + q, one - q)
+    return called(solve, one + q, one - q)
 
 
 def inverse(facts: Facts, a: Tensor) -> Tensor:
     """The inverse of [..., n, n]."""
-    return _called(invert, a)
+    return called(invert, a)
 
 
 def solve(a: Tensor, b: Tensor) -> Tensor:
     """B A^-1, of [..., n, n]; in float32 where the dtype is too narrow for a factorisation."""
-    wide = _wide(a)
+    wide = wide_dtype(a)
     return _linalg.solve(a.to(wide), b.to(wide), left=False).to(a.dtype)
 
 
 def invert(a: Tensor) -> Tensor:
     """A^-1, of [..., n, n]; in float32 where the dtype is too narrow for a factorisation."""
-    return _linalg.inv(a.to(_wide(a))).to(a.dtype)
+    return _linalg.inv(a.to(wide_dtype(a))).to(a.dtype)
 
 
-def _wide(a: Tensor) -> torch.dtype:
+def wide_dtype(a: Tensor) -> torch.dtype:
+    """What a factorisation is computed in."""
     return a.dtype if a.dtype.itemsize >= 4 else torch.float32
 
 
-def _called(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
+def called(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
     """The function of some tensors; over proxies one node, since it asks for their dtype."""
     first = args[0]
     if isinstance(first, fx.Proxy):
@@ -177,6 +234,66 @@ def householder(facts: Facts, u: Tensor) -> Tensor:
 def unit(u: Tensor) -> Tensor:
     """A vector [n] of length 1 in the same direction."""
     return u / _linalg.vector_norm(u)
+
+
+# Several parameters begin with parts of one factorisation, which is computed once for a tensor.
+_FACTORED: dict[str, MutableMapping[Tensor, tuple[Tensor, ...]]] = {
+    "svd": WeakIdKeyDictionary(),
+    "qr": WeakIdKeyDictionary(),
+}
+
+
+def _svd(a: Tensor) -> tuple[Tensor, ...]:
+    """U, S and Vᵀ of [m, n], the largest first; of each u the largest element is above 0."""
+    u, s, v = _linalg.svd(a, full_matrices=False)
+    largest = u.gather(0, u.abs().argmax(0, keepdim=True)).squeeze(0)
+    signs = torch.where(largest < 0, -1.0, 1.0).to(u)
+    return u * signs, s, signs.unsqueeze(-1) * v
+
+
+def _qr(a: Tensor) -> tuple[Tensor, ...]:
+    """Q and R of [m, n]; no element of R's diagonal is below 0."""
+    q, r = _linalg.qr(a)
+    signs = torch.where(r.diagonal() < 0, -1.0, 1.0).to(q)
+    return q * signs, signs.unsqueeze(-1) * r
+
+
+def _factored(name: str, a: Tensor) -> tuple[Tensor, ...]:
+    known = _FACTORED[name]
+    if a not in known:
+        known[a] = {"svd": _svd, "qr": _qr}[name](a)
+    return known[a]
+
+
+def left_singular(facts: Facts, a: Tensor) -> Tensor:
+    """[m, n] to [m, rank]: the left singular vectors of the largest singular values."""
+    return _factored("svd", a)[0].narrow(1, 0, facts.integer("rank"))
+
+
+def least_left_singular(facts: Facts, a: Tensor) -> Tensor:
+    """[m, n] to [m, rank]: those of the least of the min(m, n) singular values."""
+    u, rank = _factored("svd", a)[0], facts.integer("rank")
+    return u.narrow(1, u.shape[1] - rank, rank)
+
+
+def singular_values(facts: Facts, a: Tensor) -> Tensor:
+    """[m, n] to [rank]: the largest singular values, falling."""
+    return _factored("svd", a)[1].narrow(0, 0, facts.integer("rank"))
+
+
+def right_singular(facts: Facts, a: Tensor) -> Tensor:
+    """[m, n] to [rank, n]: the right singular vectors of the largest singular values."""
+    return _factored("svd", a)[2].narrow(0, 0, facts.integer("rank"))
+
+
+def qr_q(facts: Facts, a: Tensor) -> Tensor:
+    """[m, n] to [m, rank]: the first columns of Q, of A = Q R."""
+    return _factored("qr", a)[0].narrow(1, 0, facts.integer("rank"))
+
+
+def qr_r(facts: Facts, a: Tensor) -> Tensor:
+    """[m, n] to [rank, n]: the first rows of R, of A = Q R."""
+    return _factored("qr", a)[1].narrow(0, 0, facts.integer("rank"))
 
 
 def layout(name: str) -> Callable[..., Tensor]:
@@ -245,6 +362,12 @@ def colnorm(facts: Facts, a: Tensor) -> Tensor:
 def detach(facts: Facts, a: Tensor) -> Tensor:
     """The same value, a constant to the gradient."""
     return a.detach()
+
+
+def topk(facts: Facts, a: Tensor) -> Tensor:
+    """The k largest along the last axis, and minus infinity in the other places."""
+    largest = torch.topk(a, facts.integer("k"), -1)
+    return torch.full_like(a, -math.inf).scatter(-1, largest[1], largest[0])
 
 
 def softmax(a: Tensor) -> Tensor:

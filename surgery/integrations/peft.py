@@ -1,7 +1,7 @@
 """Folders that Hugging Face peft wrote, read without it: the formats say what they mean.
 
-The sites are those that the tensors name; the method and its arguments come from the config, and
-whatever in it is not understood is refused.
+The sites are those that the tensors name, but for empty ones, which add nothing; the method and its
+arguments come from the config, and whatever in it is not understood is refused.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from difflib import get_close_matches
+from math import prod
 from pathlib import Path
 from typing import cast
 
@@ -19,10 +20,17 @@ from surgery.arguments import Link
 from surgery.artifact import CONFIG, TENSORS, Loaded, taken
 from surgery.check import DEFAULT_ADAPTER, Arguments, Names, Resolved
 from surgery.errors import Diagnostic, Report, Source, Span, refuse
-from surgery.integrations.peft_modules import FIELD, saved_modules, understood
+from surgery.integrations.peft_modules import (
+    FIELD,
+    copied_modules,
+    of_copies,
+    plain_keys,
+    saved_modules,
+    understood,
+)
 from surgery.language import syntax as ast
 from surgery.language.library import Library
-from surgery.mapping import mapping_of
+from surgery.mapping import StateDictMapping, mapping_of
 from surgery.mapping.fields import (
     ConfigFile,
     ConfigReader,
@@ -73,10 +81,14 @@ def read_peft(directory: Path, model: nn.Module) -> Loaded:
     config = ConfigFile(read_json(path), Span(source, 0, 1))
     file = _tensors(directory)
     library = Library.standard()
+    if of_copies(config):
+        return _read_copies(config, file, model, library)
     base = _base_keys(file, model)
     copies = saved_modules(config, base, model)
     base = {key: name for key, name in base.items() if name not in copies}
-    adapter = [k for k in file.shapes if k not in base and _base_name(k) not in copies]
+    nothing = {k for k, shape in file.shapes.items() if not prod(shape)}
+    known = {*base, *nothing}
+    adapter = [k for k in file.shapes if k not in known and _base_name(k) not in copies]
     chosen = _choose(library, config, adapter, model)
     span = config.span("peft_type")
     _check_apart(chosen.sites, copies, config)
@@ -84,13 +96,32 @@ def read_peft(directory: Path, model: nn.Module) -> Loaded:
         *(Assignment(p, (Link(chosen.method, a),), span) for p, a in chosen.sites.items()),
         *copies.values(),
     )
-    spec = ast.Spec((), span=config.source)
-    resolved = Resolved(spec, library, Names({}, {}), ((DEFAULT_ADAPTER, ()),))
+    resolved = _resolved(config, library)
     plan = plan_assignments(resolved, model, assignments, DEFAULT_ADAPTER)
     _check_meaning(chosen.fmt, plan)
     _check_base(file, model, base)
     mapping = mapping_of(plan, formats=lambda method: (chosen.fmt,))
-    tensors = taken(mapping, file, NAME, base)
+    tensors = taken(mapping, file, NAME, {*known, *_repeats(file, mapping, plan)})
+    return Loaded(resolved, assignments, tensors, DEFAULT_ADAPTER)
+
+
+def _resolved(config: ConfigFile, library: Library) -> Resolved:
+    spec = ast.Spec((), span=config.source)
+    return Resolved(spec, library, Names({}, {}), ((DEFAULT_ADAPTER, ()),))
+
+
+def _read_copies(
+    config: ConfigFile, file: TensorFile, model: nn.Module, library: Library
+) -> Loaded:
+    """An adapter that is copies of whole modules and nothing else. Raises as `read_peft` does."""
+    file = plain_keys(config, file)
+    base = _base_keys(file, model)
+    copies = copied_modules(config, base, model, INFORMATIVE)
+    rest = {key: name for key, name in base.items() if name not in copies}
+    _check_base(file, model, rest)
+    resolved, assignments = _resolved(config, library), tuple(copies.values())
+    plan = plan_assignments(resolved, model, assignments, DEFAULT_ADAPTER)
+    tensors = taken(mapping_of(plan), file, NAME, rest)
     return Loaded(resolved, assignments, tensors, DEFAULT_ADAPTER)
 
 
@@ -161,6 +192,22 @@ def _check_base(file: TensorFile, model: nn.Module, keys: Mapping[str, str]) -> 
                 f"`{key}` is another `{name}` than the model's",
                 hint="attach the adapter to the base that it was trained on",
             )
+    report.stop()
+
+
+def _repeats(file: TensorFile, mapping: StateDictMapping, plan: Plan) -> Iterator[str]:
+    """The keys under which sites have once more what they share (E518 where it is another)."""
+    report, dialect = Report(), dialect_of(NAME)
+    shared = [key for row in mapping.rows if not row.site and (key := row.key(NAME)) in file.shapes]
+    for key in filter(None, shared):
+        name = key.removeprefix(dialect.root)
+        for again in (f"{dialect.site}{site.path}.{name}" for site in plan.sites):
+            if again not in file.shapes:
+                continue
+            if not torch.equal(file[again], file[key]):
+                hint = "all sites share one, and peft writes it again for each"
+                report.error("E518", f"`{again}` is another than `{key}`", hint=hint)
+            yield again
     report.stop()
 
 

@@ -207,6 +207,10 @@ def _equation(span: Span, children: Sequence[Any]) -> ast.Equation:
     return ast.Equation(children[0].id, children[1], span=span)
 
 
+def _assign(span: Span, children: Sequence[Any]) -> ast.Assign:
+    return ast.Assign(children[0].id, children[1], span=span)
+
+
 def _branch(span: Span, children: Sequence[Any]) -> ast.Branch:
     condition, then, *other = children
     return ast.Branch(condition, then, other[0] if other else (), span=span)
@@ -375,6 +379,7 @@ BUILDERS: Mapping[str, Builder] = {
     "shape": _tuple,
     "draw": _draw,
     "equation": _equation,
+    "assign": _assign,
     "branch": _branch,
     "otherwise": _otherwise,
     "format": _format,

@@ -153,13 +153,9 @@ def _unfinished(place: Place) -> Diagnostic:
 def _unexpected(place: Place) -> Diagnostic:
     text = place.text
     span = Span(place.source, place.start, place.start + len(text))
-    later = _later(place)
-    if later:
-        message = f"{later} not part of this version of the language"
-        return Diagnostic("E004", message, span, hint="write the statement without it")
     if _is_unclosed(place):
         return _unclosed(place)
-    if place.expected == frozenset({"QUOTE"}):
+    if place.expected == frozenset({"QUOTE", "_BECOMES"}):
         return _no_equation(place)
     message = f"unexpected {_shown(text)}"
     if text in STATEMENTS:
@@ -193,12 +189,6 @@ def _no_equation(place: Place) -> Diagnostic:
 def _is_unclosed(place: Place) -> bool:
     """A quote or slash alone: with an end on its line it would have been a token."""
     return place.text == '"' or (place.text == "/" and "REGEX" in place.expected)
-
-
-def _later(place: Place) -> str:
-    """What a later version would read here, if anything."""
-    assigned = place.source.text.startswith(":=", place.start)
-    return "an equation with `:=` is" if assigned else ""
 
 
 def _nearest(place: Place) -> str:

@@ -86,8 +86,8 @@ def parse(text: str, name: str = "<spec>", words: int = MAX_WORDS) -> ast.Spec:
     """The spec that a text is, of at most so many words and signs.
 
     Raises SpecSyntaxError with every syntax error that was found: E001 (not UTF-8), E002 (too long
-    or too deep), E003 (unexpected), E004 (of a later version), E005 (empty), E006 (not closed),
-    E008 (an argument without its name).
+    or too deep), E003 (unexpected), E005 (empty), E006 (not closed), E008
+    (an argument without its name).
     """
     source = Source(name, text)
     whole = _guard(source, words)

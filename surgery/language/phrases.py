@@ -332,6 +332,10 @@ def _equation(node: ast.Equation) -> Doc:
     return (f"{node.target}' = ", _at(_DISJUNCTION, node.value))
 
 
+def _assign(node: ast.Assign) -> Doc:
+    return (f"{node.target} := ", _at(_DISJUNCTION, node.value))
+
+
 def _field(node: ast.Field) -> Doc:
     parts = [_at(_DISJUNCTION, node.value)]
     if node.default is not None:
@@ -388,6 +392,7 @@ PHRASES: Mapping[type[ast.Node], Callable[[Any], Doc]] = {
     ast.Draw: _draw,
     ast.Declaration: _declaration,
     ast.Equation: _equation,
+    ast.Assign: _assign,
     ast.Field: _field,
     ast.Tensor: _tensor,
 }

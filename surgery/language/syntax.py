@@ -359,14 +359,19 @@ class Declaration(Node):
     shared: bool = False
 
 
-Target = Literal["W", "b", "x", "y"]
-
-
 @node
 class Equation(Node):
     """`W' = …`."""
 
-    target: Target
+    target: Literal["W", "b", "x", "y"]
+    value: Expression
+
+
+@node
+class Assign(Node):
+    """`W := W - …`: what a name of the site means from here on, and in the equations."""
+
+    target: str
     value: Expression
 
 
@@ -379,7 +384,7 @@ class Branch(Node):
     other: tuple[Item, ...] = ()
 
 
-Item = Declaration | Let | Equation | Branch
+Item = Declaration | Let | Equation | Assign | Branch
 
 
 @node
@@ -399,10 +404,9 @@ class Method(Node):
 class Field(Node):
     """`config dropout_prob on linear, conv2d = dropout else 0`.
 
-    Written, the field has the value of the expression over the method's arguments. Read, an
-    expression that is one argument's name binds it; any other must have the value found.
-    `default` is what an absent field means to the format's own reader, and what the field means at
-    sites whose kind is not among `kinds` (empty: it holds for all).
+    Written, it has the value of the expression over the method's arguments. Read, an argument's
+    name binds it; any other expression must have the value found. `default` is what it means where
+    it is absent, and at sites whose kind is not among `kinds` (empty: it holds for all).
     """
 
     name: str
@@ -415,9 +419,8 @@ class Field(Node):
 class Tensor(Node):
     """`tensor A on conv2d = "A.weight" as "r (c h w) -> r c h w" if groups == 1`.
 
-    `kinds` names the layer kinds it is for (empty: all others); the key follows the site's
-    path, and `layout` is an einops pattern from the method's shape to the file's. `condition`,
-    over the method's arguments and the site's facts, says where the row holds.
+    `kinds` are the layer kinds it is for (empty: all others); `layout` is an einops pattern from
+    the method's shape to the file's; `condition` is over the arguments and the site's facts.
     """
 
     name: str

@@ -15,6 +15,7 @@ from surgery.mapping.fields import (
     BySite,
     ConfigFile,
     ConfigReader,
+    KeptBySite,
     OneOf,
     Sites,
     Value,
@@ -22,6 +23,7 @@ from surgery.mapping.fields import (
     form_of,
     holds_at,
     shown,
+    written,
 )
 from surgery.mapping.paths import at_start, exactly
 from surgery.mapping.spelling import chosen_format, rows_of
@@ -115,14 +117,27 @@ def _config(fmt: ast.Format, sites: Sequence[PlannedSite]) -> ForeignConfig | Re
                 reason = _write_value(item, expression, sites, values, patterned.get(name))
                 if reason is not None:
                     return reason
-            case Sites(condition):
-                values[item.name] = _paths(condition, sites)
-            case OneOf(options, _):
-                felt = any(holds_at(item, s.form.kind.name) for s in sites)
-                values[item.name] = options[0] if felt else default_of(item)
-            case BySite() | Anything():
+            case Sites() | OneOf() | KeptBySite() as form:
+                values[item.name] = _of_all(item, form, sites)
+            case BySite() | Anything(None):
                 pass  # written with its argument's own field; not written
+            case Anything(value):
+                values[item.name] = value
     return _read_back(ForeignConfig(fmt, values), sites)
+
+
+def _of_all(
+    item: ast.Field, form: Sites | OneOf | KeptBySite, sites: Sequence[PlannedSite]
+) -> object:
+    """The value of a field that says something of all sites at once."""
+    match form:
+        case Sites(condition):
+            return _paths(condition, sites)
+        case OneOf(options, _):
+            felt = any(holds_at(item, s.form.kind.name) for s in sites)
+            return options[0] if felt else default_of(item)
+        case KeptBySite():
+            return _marks(form, sites)
 
 
 def _write_value(
@@ -134,7 +149,7 @@ def _write_value(
 ) -> Reason | None:
     """Write a field, and with it the field of those sites whose value is not the common one."""
     by_path = {
-        s.path: _plain(Scalars(dict(s.form.arguments))(expression))
+        s.path: _plain(written(expression, dict(s.form.arguments)))
         for s in sites
         if holds_at(item, s.form.kind.name)
     }
@@ -161,6 +176,17 @@ def _patterns(by_path: Mapping[str, object]) -> dict[str, object]:
     for path, value in by_path.items():
         paths.setdefault(cast(Hashable, value), []).append(path)
     return {at_start(p): value for value, p in paths.items()}
+
+
+def _marks(form: KeptBySite, sites: Sequence[PlannedSite]) -> dict[str, list[bool]] | None:
+    """Which rows are kept, the first ones, of every site where not all are."""
+    marks: dict[str, list[bool]] = {}
+    for site in sites:
+        arguments = dict(site.form.arguments)
+        count, total = (int(str(arguments[n])) for n in (form.argument, form.total))
+        if count != total:
+            marks[f"{site.path}.{form.key}"] = [i < count for i in range(total)]
+    return marks or None
 
 
 def _plain(value: object) -> object:

@@ -7,7 +7,7 @@ them, and reading undoes what writing does.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import assert_never
 
@@ -15,7 +15,7 @@ from surgery.algebra.scalars import Scalars, plain
 from surgery.check import Arguments, typed
 from surgery.errors import Diagnostic, Span, SurgeryError, refuse
 from surgery.language import syntax as ast
-from surgery.mapping.paths import member, override
+from surgery.mapping.paths import kept, member, override
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,36 +48,75 @@ class OneOf:
 
 
 @dataclass(frozen=True, slots=True)
+class KeptBySite:
+    """`kept_by_site(r, n, "E")`: path and key to which of `total` rows are kept, where not all.
+
+    argument: how many are.
+    """
+
+    argument: str
+    total: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
 class Anything:
-    """`any()`: of no consequence; not written."""
+    """`any()`, `any(1)`: of no consequence; not written, or always the one value."""
+
+    value: object = None
 
 
-Form = Value | Sites | BySite | OneOf | Anything
+Form = Value | Sites | BySite | KeptBySite | OneOf | Anything
 
 
 def form_of(item: ast.Field) -> Form:
     """What kind of field it is. Raises DefinitionError (E104) for a call with wrong arguments."""
-    match item.value:
+    return _form(item.value)
+
+
+def _form(expression: ast.Expression) -> Form:
+    match expression:
         case ast.Call("sites", ()):
             return Sites(None)
         case ast.Call("sites", (condition,)):
             return Sites(condition)
         case ast.Call("by_site", (ast.Name(id=name),)):
             return BySite(name)
-        case ast.Call("any", ()):
-            return Anything()
+        case ast.Call("kept_by_site", (ast.Name(id=name), ast.Name(id=total), ast.Text(value=key))):
+            return KeptBySite(name, total, key)
+        case ast.Call("any", () | (_,) as given):
+            return Anything(*map(constant, given))
         case ast.Call("one_of", values, keywords) if values:
             reasons = [k.value.value for k in keywords if isinstance(k.value, ast.Text)]
             return OneOf(tuple(map(constant, values)), " ".join(reasons))
-        case ast.Call("sites" | "by_site" | "any" | "one_of"):
+        case ast.Call("sites" | "by_site" | "kept_by_site" | "any" | "one_of"):
             refuse(
                 "E104",
                 "this is no way to call it",
-                item.value.span,
-                hint="there are sites(…), by_site(ARGUMENT), any() and one_of(VALUE, …)",
+                expression.span,
+                hint="there are sites(…), by_site(ARGUMENT), kept_by_site(KEPT, ALL, KEY), any() "
+                "and one_of(VALUE, …)",
             )
-        case expression:
+        case _:
             return Value(expression)
+
+
+def chosen(expression: ast.Expression, names: Mapping[str, object]) -> Value | OneOf:
+    """What a field's conditionals come to: an expression, or some values of which any will do."""
+    while isinstance(expression, ast.Conditional):
+        holds = Scalars(names).holds(expression.condition)
+        expression = expression.then if holds else expression.other
+    found = _form(expression)
+    return found if isinstance(found, OneOf) else Value(expression)
+
+
+def written(expression: ast.Expression, names: Mapping[str, object]) -> object:
+    """The value that a field is written with."""
+    match chosen(expression, names):
+        case OneOf(values, _):
+            return values[0]
+        case Value(leaf):
+            return Scalars(names)(leaf)
 
 
 def constant(expression: ast.Expression) -> object:
@@ -156,7 +195,7 @@ class ConfigReader:
             local = {
                 item.name: _at(path, form, self.config.values.get(item.name, default_of(item)))
                 for item, form in self.fields
-                if isinstance(form, BySite | Sites)
+                if isinstance(form, BySite | KeptBySite | Sites)
             }
         except SurgeryError as error:
             return Found((), error.diagnostics)
@@ -172,6 +211,14 @@ class ConfigReader:
             return Found((), error.diagnostics)
 
 
+def _gives(expression: ast.Expression, value: object) -> bool:
+    """Whether a branch of a field has a value; an argument's name may have any."""
+    form = _form(expression)
+    if isinstance(form, OneOf):
+        return any(same(value, v) for v in form.values)
+    return not isinstance(expression, ast.Name) and same(constant(expression), value)
+
+
 @dataclass(frozen=True, slots=True)
 class _Site:
     """A site as a config sees it; `local` is what fields about paths say of this one."""
@@ -181,11 +228,15 @@ class _Site:
     local: Mapping[str, object]
 
 
-def _at(path: str, form: BySite | Sites, value: object) -> object:
-    """Whether a list of sites has a path, or what a table of patterns has for it, if anything."""
-    if isinstance(form, BySite):
-        return override(path, value)
-    return form.condition is not None and member(path, value)
+def _at(path: str, form: BySite | KeptBySite | Sites, value: object) -> object:
+    """Whether a list of sites has a path, or what a table has for it, if anything."""
+    match form:
+        case BySite():
+            return override(path, value)
+        case KeptBySite():
+            return kept(path, form.key, value)
+        case Sites(condition):
+            return condition is not None and member(path, value)
 
 
 class _Reader:
@@ -224,7 +275,7 @@ class _Reader:
             case Sites(condition) if condition is not None:
                 if self.site.local[item.name]:
                     self._solve(condition, True, item)
-            case BySite(argument):
+            case BySite(argument) | KeptBySite(argument):
                 other = self.site.local[item.name]
                 if other is not None:
                     self.overridden.add(argument)
@@ -242,7 +293,7 @@ class _Reader:
             case ast.Binary("==", ast.Name(id=name), other) if value is True:
                 self._take(name, constant(other), item)
             case ast.Conditional(then, ast.Binary("==", ast.Name()) as condition, other):
-                first = not isinstance(then, ast.Name) and same(constant(then), value)
+                first = _gives(then, value)
                 self._solve(condition if first else other, True if first else value, item)
             case _:
                 pass  # nothing to bind; the check compares
@@ -278,19 +329,26 @@ class _Reader:
             case Value(expression):
                 # A field whose argument stands in a pattern for this site says the others' value.
                 pattern = isinstance(expression, ast.Name) and expression.id in self.overridden
-                wanted = plain(Scalars(names)(expression))
+                leaf = chosen(expression, names)
+                if isinstance(leaf, OneOf):
+                    yield from self._check_one(item, leaf, found)
+                    return
+                wanted = plain(Scalars(names)(leaf.expression))
                 if not pattern and not same(found, wanted):
                     yield self._mismatch(item, found, f"{self.method.name} has {shown(wanted)}")
-            case OneOf(values, reason):
-                if not any(same(found, v) for v in values):
-                    yield self._mismatch(item, found, reason)
+            case OneOf():
+                yield from self._check_one(item, form, found)
             case Sites(condition) if condition is not None:
                 if Scalars(names).holds(condition) is not self.site.local[item.name]:
                     yield self._mismatch(item, found, f"it does not settle `{self.site.path}`")
-            case Sites() | BySite() | Anything():
+            case Sites() | BySite() | KeptBySite() | Anything():
                 pass
             case _:
                 assert_never(form)
+
+    def _check_one(self, item: ast.Field, form: OneOf, found: object) -> Iterator[Diagnostic]:
+        if not any(same(found, v) for v in form.values):
+            yield self._mismatch(item, found, form.reason)
 
     def _mismatch(self, item: ast.Field, found: object, reason: str) -> Diagnostic:
         given = item.name in self.config.values
@@ -305,11 +363,16 @@ def unknown_fields(
 ) -> Iterator[Diagnostic]:
     """E515 for every field that the format does not know and that is not off."""
     known = {item.name for item in fmt.fields} | set(informative)
+    return unknown_values(config, known, fmt.method)
+
+
+def unknown_values(config: ConfigFile, known: Set[str], reader: str) -> Iterator[Diagnostic]:
+    """E515 for every field that is not known to what reads the config, and that is not off."""
     for name, value in config.values.items():
         if name not in known and not (value is None or value is False or value in ([], {}, "")):
             yield Diagnostic(
                 "E515",
-                f"`{name}` is {shown(value)}, which `{fmt.method}` knows nothing of",
+                f"`{name}` is {shown(value)}, which `{reader}` knows nothing of",
                 config.span(name),
                 hint="it may change what the adapter computes, so it is not passed over",
             )

@@ -30,6 +30,7 @@ class Row:
     site: the dotted path; "" for the root, and for a shared parameter.
     shape: in the method's layout, in elements; that of the adapted model and of native files.
     copy: whether it is a copy of a tensor of the base, which has its key in files.
+    redrawn: whether a file may lack it, for its seed says what it is.
     """
 
     adapter: str
@@ -40,6 +41,7 @@ class Row:
     shape: tuple[int, ...]
     spellings: tuple[Spelling, ...] = ()
     copy: bool = False
+    redrawn: bool = False
 
     def key(self, form: str) -> str | None:
         """Its key in a form: `adapted`, `native` or a format; None where that has none."""
@@ -135,6 +137,8 @@ class StateDictMapping:
                     renamed[key] = tensor
                 continue
             target = row.key(to)
+            if target is None and row.redrawn:
+                continue
             if target is None:
                 hint = f"{to} has no spelling of this method; leave `{key}` out"
                 report.error("E518", f"`{key}` has no key in {to}", hint=hint)
@@ -198,7 +202,8 @@ def _row_from(data: dict[str, Any]) -> Row:
     )
     text = (str(data[n]) for n in ("adapter", "site", "name", "adapted", "native"))
     shape, copy = tuple(map(int, data["shape"])), data.get("copy", False) is True
-    return Row(*text, shape=shape, spellings=tuple(spellings), copy=copy)
+    redrawn = data.get("redrawn", False) is True
+    return Row(*text, shape=shape, spellings=tuple(spellings), copy=copy, redrawn=redrawn)
 
 
 # --------------------------------------------------------------------------------- from a plan
@@ -244,6 +249,7 @@ def _site_rows(
             form.stored[p.name],
             tuple(spellings),
             copy,
+            p.redrawn,
         )
 
 
@@ -264,8 +270,9 @@ def _spellings(
         if chosen is None:
             continue
         for p in form.parameters:
-            spelling = place_of(form).spelling(chosen[0], chosen[1][p.name], path, p.shared)
-            found.setdefault(p.name, []).append(spelling)
+            if p.name in chosen[1]:  # else it is drawn again
+                spelling = place_of(form).spelling(chosen[0], chosen[1][p.name], path, p.shared)
+                found.setdefault(p.name, []).append(spelling)
     yield from ((name, tuple(spellings)) for name, spellings in found.items())
 
 
@@ -297,6 +304,7 @@ def _shared_rows(plan: Plan, formats: Formats) -> Iterator[Row]:
             f"{SHARED}.{group}.{name}",
             shared.shape,
             spellings,
+            redrawn=shared.parameter.redrawn,
         )
 
 

@@ -55,6 +55,19 @@ def override(path: str, value: object) -> object:
     return None
 
 
+def kept(path: str, key: str, value: object) -> int | None:
+    """How many a table of lists, by path and key, says are kept of a path; None if it does not.
+
+    A name may follow the key. What is no list of true and false says nothing.
+    """
+    table = cast("dict[str, object]", value) if isinstance(value, Mapping) else {}
+    for name, found in table.items():
+        if name == f"{path}.{key}" or name.startswith(f"{path}.{key}."):
+            marks: list[object] = cast("list[object]", found) if isinstance(found, list) else [None]
+            return marks.count(True) if all(isinstance(m, bool) for m in marks) else None
+    return None
+
+
 @lru_cache(maxsize=256)
 def _whole(pattern: str) -> Taker:
     """Whether a regex is the whole of a path."""

@@ -135,15 +135,18 @@ def place_of(form: SiteClass) -> Place:
 def rows_of(fmt: ast.Format, form: SiteClass) -> dict[str, ast.Tensor] | str:
     """The row of every parameter of a class of sites; the name of one that has none.
 
-    No format has a place for what is rows of a layer, or is reached by its weight.
+    What is drawn again by its seed needs no row. No format has a place for what is rows of a layer,
+    or is reached by its weight.
 
     Raises DefinitionError (E124) for a layout that does not take the parameter's shape.
     """
     place, rows = place_of(form), dict[str, ast.Tensor]()
     for parameter in form.parameters:
         row = place.row(fmt, parameter.name)
-        if row is None or form.at != WHOLE or form.mode == "value":
+        if form.at != WHOLE or form.mode == "value" or (row is None and not parameter.redrawn):
             return parameter.name
+        if row is None:
+            continue
         _check_layout(place.spelling(fmt, row, "", shared=False), form, row)
         rows[row.name] = row
     return rows

@@ -10,13 +10,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surgery.algebra.beginnings import DISTRIBUTIONS, draw, stream
+from surgery.algebra.beginnings import DISTRIBUTIONS, draw, drawn_again, stream
 
 NAMES = [
     ("default", "layers.0.q", "A"),
     ("default", "layers.0.q", "B"),
     ("code", "layers.0.q", "A"),
 ]
+
+CONTINUOUS = [name for name, row in DISTRIBUTIONS.items() if not row.whole]
 
 
 @given(st.permutations(range(len(NAMES))), st.integers(0, 2**64))
@@ -42,12 +44,13 @@ def test_names_are_kept_apart() -> None:
 
 def test_the_global_generator_is_not_touched() -> None:
     before = torch.get_rng_state()
-    for name in DISTRIBUTIONS:
+    for name in CONTINUOUS:
         draw(name, {}, (11, 7), stream(0, name))
+    draw("places", {"rows": 11, "columns": 7}, (2, 5), stream(0, "places"))
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("name", DISTRIBUTIONS)
+@pytest.mark.parametrize("name", CONTINUOUS)
 def test_draws_are_float32_on_the_cpu_whatever_the_default_is(name: str) -> None:
     expected = draw(name, {}, (11, 7), stream(3, name))
     torch.set_default_dtype(torch.float64)
@@ -67,6 +70,7 @@ SPREADS: list[tuple[str, Mapping[str, float], float, float]] = [
     ("uniform", {"low": -2, "high": 4}, 1.0, 6 / math.sqrt(12)),
     ("normal", {"mean": 3, "std": 2}, 3.0, 2.0),
     ("kaiming_uniform", {"a": math.sqrt(5)}, 0.0, 1 / math.sqrt(3 * FAN_IN)),
+    ("paired_kaiming_uniform", {"a": math.sqrt(5)}, 0.0, 1 / math.sqrt(3 * FAN_IN)),
     ("kaiming_normal", {}, 0.0, math.sqrt(2 / FAN_IN)),
     ("xavier_uniform", {"gain": 2}, 0.0, 2 * math.sqrt(2 / (FAN_IN + FAN_OUT))),
     ("xavier_normal", {}, 0.0, math.sqrt(2 / (FAN_IN + FAN_OUT))),
@@ -74,7 +78,7 @@ SPREADS: list[tuple[str, Mapping[str, float], float, float]] = [
 
 
 def test_every_distribution_has_its_spread() -> None:
-    assert {name for name, *_ in SPREADS} == DISTRIBUTIONS.keys()
+    assert {name for name, *_ in SPREADS} == {*CONTINUOUS}
 
 
 @pytest.mark.parametrize(("name", "arguments", "mean", "std"), SPREADS)
@@ -101,3 +105,26 @@ def test_arguments_that_torch_would_not_take_have_an_objection(
 ) -> None:
     row = DISTRIBUTIONS[name]
     assert row.objection({**row.arguments, **arguments}) == reason
+
+
+@given(st.integers(1, 13), st.integers(1, 11), st.data())
+def test_places_are_different_and_in_the_matrix(
+    rows: int, columns: int, data: st.DataObject
+) -> None:
+    count = data.draw(st.integers(1, rows * columns))
+    sizes = {"rows": rows, "columns": columns}
+    found = draw("places", sizes, (2, count), stream(data.draw(st.integers(0, 99)), "P"))
+    assert found.dtype == torch.int32
+    flat = found[0].long() * columns + found[1]
+    assert len({int(place) for place in flat}) == count
+    assert int(found.min()) >= 0
+    assert int(found[0].max()) < rows
+    assert int(found[1].max()) < columns
+
+
+def test_places_of_a_seed_are_those_of_torch() -> None:
+    sizes = {"rows": 5, "columns": 7}
+    chosen = torch.randperm(35, generator=torch.Generator().manual_seed(3))[:11]
+    wanted = torch.stack([chosen // 7, chosen % 7])
+    for name in ("P", "Q"):
+        assert torch.equal(drawn_again("places", sizes, (2, 11), 3, name), wanted.int())

@@ -23,7 +23,13 @@ from surgery.language.library import Library
 from surgery.language.parse import parse
 
 CALLS: dict[str, dict[str, object]] = {
-    "lora": {"r": 2, "alpha": 3.0, "dropout": 0.5, "rslora": False},
+    "lora": {
+        "r": 2,
+        "alpha": 3.0,
+        "dropout": 0.5,
+        "rslora": False,
+        "init_weights": "default",
+    },
     "dora": {"r": 2, "alpha": 2.0, "dropout": 0.0, "rslora": False},
     "bone": {"r": 5},
     "ia3": {"side": "out"},

@@ -80,10 +80,62 @@ def blocks_of(s: Tensor) -> Tensor:
     return untyped.block_diag(*s)
 
 
+def signed(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular value decomposition of which the largest element of each u is above 0."""
+    u, s, v = linalg.svd(a, full_matrices=False)
+    for i in range(len(s)):
+        if u[:, i][u[:, i].abs().argmax()] < 0:
+            u[:, i], v[i] = -u[:, i], -v[i]
+    return u, s, v
+
+
+def positive(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Q and R by the process of Gram and Schmidt, so that R's diagonal is above 0."""
+    q = torch.zeros_like(a)
+    for i in range(a.shape[1]):
+        rest = a[:, i] - q[:, :i] @ (q[:, :i].T @ a[:, i])
+        q[:, i] = rest / rest.square().sum().sqrt()
+    return q, q.T @ a
+
+
+def reflected_by(u: Tensor) -> Tensor:
+    """R of I - U R, the reflections by the columns one after the other."""
+    product = torch.eye(len(u), dtype=u.dtype)
+    for column in u.T:
+        product = product @ reflection(column)
+    return linalg.pinv(u) @ (torch.eye(len(u), dtype=u.dtype) - product)
+
+
+def flown(blocks: Tensor) -> Tensor:
+    """The factors of a butterfly of eight, each with its permutation written out."""
+    product = torch.eye(8, dtype=blocks.dtype)
+    for level, order in zip(blocks, ("01234567", "02134657", "02461357"), strict=True):
+        mixed = torch.eye(8, dtype=blocks.dtype)[list(map(int, order))]
+        product = product @ mixed @ blocks_of(level) @ mixed.T
+    return product
+
+
+def largest_two(a: Tensor) -> Tensor:
+    second = a.sort(descending=True)[0][:, 1:2]
+    return torch.where(a >= second, a, -torch.inf)
+
+
+def rolled(kernel: Tensor) -> Tensor:
+    return torch.stack([kernel.roll(i) for i in range(len(kernel))])
+
+
+def transformed(a: Tensor) -> Tensor:
+    (m, n), (i, j) = a.shape, (torch.arange(k, dtype=a.dtype) for k in a.shape)
+    turns = torch.outer(i, i)[:, None, :, None] / m + torch.outer(j, j)[None, :, None, :] / n
+    return (torch.cos(2 * torch.pi * turns) * a).sum((2, 3)) / (m * n)
+
+
+BLOCKS_OF_FOUR = p("k", 2, 3, 4)
 A, B, C = p("A", OUT, 3), p("B", 3, IN), p("C", OUT, 3)
 V, U, ROW = p("V", OUT), p("U", IN), p("R", 3)
 BLOCKS, SQUARE = p("S", 3, 5, 2), p("Q", 3, 3)
 TALL = p("T", IN, 4)
+SKEW = p("Z", 7, 3)  # of more rows than columns
 AXES: tuple[tuple[str, Size], ...] = (("n", size(3)),)
 
 # For each operator: an expression, and the same in plain torch.
@@ -130,8 +182,25 @@ CASES: dict[str, Case] = {
         make("cayley", make("skew", p("v", 2, 6), size=size(4))),
         lambda v: turned(skewed(v, 4)),
     ),
+    "rotate_half": one(
+        make("rotate_half", p("A6", 12, 3), size=size(6)),
+        lambda a: torch.cat([-a[3:6], a[:3], -a[9:], a[6:9]]),
+    ),
     "inverse": one(make("inverse", SQUARE), linalg.inv),
     "householder": one(make("householder", V), reflection),
+    "reflectors": one(make("reflectors", SKEW), reflected_by),
+    "orthonormal": one(make("orthonormal", SKEW), lambda a: positive(a)[0]),
+    "butterfly": one(make("butterfly", p("F", 3, 4, 2, 2)), flown),
+    "left_singular": one(make("left_singular", SKEW, rank=size(2)), lambda a: signed(a)[0][:, :2]),
+    "least_left_singular": one(
+        make("least_left_singular", SKEW, rank=size(2)), lambda a: signed(a)[0][:, 1:]
+    ),
+    "singular_values": one(
+        make("singular_values", SKEW, rank=size(2)), lambda a: linalg.svdvals(a)[:2]
+    ),
+    "right_singular": one(make("right_singular", SKEW, rank=size(2)), lambda a: signed(a)[2][:2]),
+    "qr_q": one(make("qr_q", SKEW, rank=size(2)), lambda a: positive(a)[0][:, :2]),
+    "qr_r": one(make("qr_r", SKEW, rank=size(2)), lambda a: positive(a)[1][:2]),
     "rearrange": one(
         make("rearrange", A, pattern="(n a) r -> r n a", axes=AXES),
         lambda a: rearrange(a, "(n a) r -> r n a", n=3),
@@ -167,6 +236,18 @@ CASES: dict[str, Case] = {
     "gelu": one(make("gelu", A), lambda a: a * (1 + torch.erf(a / 2**0.5)) / 2),
     "silu": one(make("silu", A), lambda a: a * torch.sigmoid(a)),
     "softmax": one(make("softmax", A), lambda a: F.softmax(a, -1)),
+    "topk": one(make("topk", A, k=size(2)), largest_two),
+    "scatter": two(
+        make("scatter", p("c", 4), p("e", 2, 4), rows=OUT, columns=IN),
+        lambda c, e: torch.zeros(15, 6, dtype=c.dtype).index_put(
+            (e[0].long(), e[1].long()), c, accumulate=True
+        ),
+    ),
+    "circulant": one(
+        make("circulant", BLOCKS_OF_FOUR),
+        lambda k: torch.cat([torch.cat([rolled(b) for b in row], 1) for row in k]),
+    ),
+    "ifft2": one(make("ifft2", A), transformed),
 }
 
 
@@ -226,6 +307,11 @@ def test_a_number_is_taken_where_a_tensor_without_axes_is(name: str) -> None:
         ("diag", (A,), {}, "needs 1 axes"),
         ("blockdiag", (A,), {}, "needs 3 axes"),
         ("kron", (A, V), {}, "needs 2 axes"),
+        ("scatter", (ROW, SQUARE), {"rows": OUT, "columns": IN}, "have places [2, 3], not [3, 3]"),
+        ("circulant", (A,), {}, "needs 3 axes"),
+        ("ifft2", (ROW,), {}, "needs 2 axes"),
+        ("topk", (number(1),), {"k": size(1)}, "at least 1 axes"),
+        ("rotate_half", (BLOCKS,), {"size": size(2)}, "a vector or a matrix"),
         ("skew", (ROW,), {"size": size(4)}, "has 6 entries, not 3"),
         ("concat", (A, B), {"axis": 1}, "differ beside axis 1"),
         ("concat", (A, B), {"axis": 5}, "no axis 5"),
@@ -265,7 +351,7 @@ def test_names_that_python_or_einops_keep_are_good_axes() -> None:
 
 TARGET = parameter("target", WEIGHT.shape)
 
-# For each operator that can be undone: an expression over W, and the argument W is.
+# For each operator that can be undone: an expression over W, and the argument in which W is.
 UNDONE: dict[str, tuple[Expr, int]] = {
     "add": (make("add", WEIGHT, p("M", OUT, IN)), 0),
     "sub": (node("sub", (p("M", OUT, IN), WEIGHT), WEIGHT.shape), 1),
@@ -289,6 +375,7 @@ UNDONE: dict[str, tuple[Expr, int]] = {
         0,
     ),
     "stop_gradient": (make("stop_gradient", WEIGHT), 0),
+    "rotate_half": (make("rotate_half", make("transpose", WEIGHT), size=IN), 0),
 }
 
 
@@ -309,8 +396,8 @@ def test_undoing_gives_the_argument_back(name: str) -> None:
     def known(e: Expr) -> Tensor:
         return made if e is target else leaf(e)
 
-    assert back.shape == WEIGHT.shape
-    torch.testing.assert_close(value(back, known), leaf(WEIGHT))
+    assert back.shape == expr.args[index].shape
+    torch.testing.assert_close(value(back, known), value(expr.args[index]))
 
 
 @pytest.mark.parametrize(("op", "other"), [("sub", 0), ("div", 0), ("matmul", 0)])

@@ -65,6 +65,7 @@ method own(r: int = 8, alpha: float) on matrix {
   train A[r, in] ~ normal(std = 1e-4)
   frozen P[out / r] = (1 if r == 2 else 3)
   shared train S[r] = 0
+  W := W - P @ (A + 1)
   if not (r == 8 or alpha < -1) {
     let part = Aᵀ[:, :in] @ f(A, n = r // 2)
     W' = (alpha / r) * W - part ** 2
@@ -211,9 +212,13 @@ lets = made(ast.Let, names, expressions)
 beginnings = made(ast.Draw, calls(expressions)) | expressions
 flags = (st.booleans(), st.booleans())
 declarations = made(ast.Declaration, names, some(expressions, 1), beginnings, *flags)
-equations = made(ast.Equation, st.sampled_from(get_args(ast.Target)), expressions)
+equations = made(ast.Equation, st.sampled_from("Wbxy"), expressions)
+# What begins a declaration is no name of something that is declared.
+assigns = made(
+    ast.Assign, names.filter(lambda word: word not in ("train", "frozen", "shared")), expressions
+)
 items = st.recursive(
-    declarations | lets | equations,
+    declarations | lets | equations | assigns,
     lambda inner: made(ast.Branch, expressions, some(inner), some(inner)),
     max_leaves=5,
 )

@@ -56,19 +56,6 @@ def test_unexpected(text: str, place: str, said: str, marked: Marked, refused: R
 
 
 @pytest.mark.parametrize(
-    ("text", "place"),
-    [
-        ("method m() on matrix { W := W - A }", "1:26 :"),
-    ],
-)
-def test_what_comes_later_is_called_so(
-    text: str, place: str, marked: Marked, refused: Refused
-) -> None:
-    assert marked(text) == [("E004", place)]
-    assert "not part of this version" in refused(text)[0].message
-
-
-@pytest.mark.parametrize(
     ("text", "place", "said"),
     [
         ("match a | apply m()", "1:11 apply", "expected a selector"),

@@ -36,6 +36,8 @@ SPECS = (
     'match * apply ia3(side="in")',
     'match first apply ia3()\nmatch last apply ia3(side="in")',
     "match * apply vera(r=5)",
+    "match * apply delora(r=5)",
+    "match * apply adalora(init_r=6, r=5)",
     "match first apply vera(r=5)\nmatch middle apply vera(r=7)",
     "match * apply oft(block_size=6)",
     "adapter mine { match first apply lora(r=2) match last apply bone(r=4) }",

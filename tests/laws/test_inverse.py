@@ -27,6 +27,8 @@ METHODS = (
     "ia3()",
     'ia3(side="in")',
     "vera(r=5)",
+    "delora(r=5)",
+    "adalora(init_r=6, r=5)",
     "oft(block_size=6)",
 )
 ADDS_BIAS = """
@@ -37,7 +39,8 @@ NO_INVERSE = """
 method turn(r: int = 2) on matrix { train A[out, out] = eye(out) W' = A @ W + W }
 match * apply turn()
 """
-SPECS = (*(f"match * apply {m}" for m in METHODS), ADDS_BIAS, NO_INVERSE)
+SNAPSHOTS = ("match * apply hira(r=5)", "match * apply road(group_size=6)")
+SPECS = (*(f"match * apply {m}" for m in METHODS), *SNAPSHOTS, ADDS_BIAS, NO_INVERSE)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 MakeNet = Callable[[torch.dtype], nn.Module]

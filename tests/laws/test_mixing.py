@@ -32,6 +32,10 @@ METHODS = (
     "ia3()",
     'ia3(side="in")',
     "vera(r=5)",
+    "hira(r=5)",
+    "delora(r=5)",
+    "adalora(init_r=6, r=5)",
+    "road(group_size=6)",
     "oft(block_size=6)",
 )
 PAIRS = [*zip(METHODS, (*METHODS[3:], *METHODS[:3]), strict=True)]

@@ -29,6 +29,7 @@ METHODS = (
     "ia3()",
     'ia3(side="in")',
     "vera(r=5)",
+    "delora(r=5)",
     "oft(block_size=6)",
 )
 RANDOM = ("lora(r=5, dropout=0.3)", "dora(r=5, dropout=0.3)", "vera(r=5, dropout=0.3)")
@@ -39,6 +40,8 @@ ON_EVERY_KIND = (
     ('ia3(side="in")', "bone(r=3)"),
     ("dora(r=2)", "ia3()"),
     ("oft(block_size=6)", "lora(r=2)"),
+    ('road(variant="road_4", group_size=6)', "hira(r=2)"),
+    ("hira(r=2)", "road(group_size=6)"),
 )
 
 MakeNet = Callable[[torch.dtype], nn.Module]
@@ -158,9 +161,9 @@ def test_three_methods_and_arguments_that_a_site_decides() -> None:
     moved(compiled)
     near(model(X), one_after_the_other(compiled, two(), *calls)(X))
     first, last = compiled.plan.sites
-    assert (
-        first.form.call
-        == 'ia3(side="out") then lora(r=2, alpha=2, dropout=0, rslora=false) then bone(r=7)'
+    assert first.form.call == (
+        'ia3(side="out") then lora(r=2, alpha=2, dropout=0, rslora=false, '
+        'init_weights="default") then bone(r=7)'
     )
     assert [*first.form.shapes] == ["l", "A_2", "B_2", "D_3"]
     assert dict(last.form.links[1].arguments)["r"] == 3
@@ -479,7 +482,8 @@ def test_a_chain_has_an_end() -> None:
 
 def test_a_plan_names_the_methods_of_a_chain() -> None:
     plan = surgery.plan("match a apply ia3() then lora(r=4)", two())
-    assert 'ia3(side="out") then lora(r=4, alpha=4, dropout=0, rslora=false)' in str(plan)
+    lora = 'lora(r=4, alpha=4, dropout=0, rslora=false, init_weights="default")'
+    assert f'ia3(side="out") then {lora}' in str(plan)
     (site,) = cast("list[dict[str, Any]]", plan.as_json()["sites"])
     assert (site["method"], site["arguments"]) == ("ia3", {"side": "out"})
     assert [link["method"] for link in site["then"]] == ["lora"]

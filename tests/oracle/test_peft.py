@@ -510,7 +510,6 @@ def test_a_module_to_save_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 REFUSED: tuple[tuple[Any, dict[str, Any], str], ...] = (
     (peft.OFTConfig, {"oft_block_size": 3, "r": 0}, "`use_cayley_neumann` is true: the Neumann"),
-    (peft.LoraConfig, {"init_lora_weights": "olora"}, '`init_lora_weights` is "olora": this'),
     (peft.LoraConfig, {"bias": "lora_only"}, '`bias` is "lora_only": trained biases'),
     (peft.LoraConfig, {"lora_bias": True}, "`lora_bias` is true, which `lora` knows nothing of"),
     (
@@ -519,7 +518,7 @@ REFUSED: tuple[tuple[Any, dict[str, Any], str], ...] = (
         "`block_share` is true: all blocks",
     ),
     (peft.VeraConfig, {"save_projection": False}, "`save_projection` is false: the projections"),
-    (peft.LoHaConfig, {}, 'peft_type "LOHA" is not known'),
+    (peft.PolyConfig, {}, 'peft_type "POLY" is not known'),
 )
 
 
