@@ -213,10 +213,9 @@ beginnings = made(ast.Draw, calls(expressions)) | expressions
 flags = (st.booleans(), st.booleans())
 declarations = made(ast.Declaration, names, some(expressions, 1), beginnings, *flags)
 equations = made(ast.Equation, st.sampled_from("Wbxy"), expressions)
-# What begins a declaration is no name of something that is declared.
-assigns = made(
-    ast.Assign, names.filter(lambda word: word not in ("train", "frozen", "shared")), expressions
-)
+# What begins an item, of a method or of a format, is no name of what is set anew.
+items_begin = ("train", "frozen", "shared", "config", "tensor")
+assigns = made(ast.Assign, names.filter(lambda word: word not in items_begin), expressions)
 items = st.recursive(
     declarations | lets | equations | assigns,
     lambda inner: made(ast.Branch, expressions, some(inner), some(inner)),
