@@ -5,6 +5,7 @@ Each is a value as in `values` and, where it can be applied to a vector, a rule 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -34,11 +35,18 @@ def reflectors(facts: Facts, u: Tensor) -> Tensor:
 
 def _reflectors(u: Tensor) -> Tensor:
     wide = u.to(wide_dtype(u))
-    with torch.autocast(u.device.type, enabled=False):  # what is solved is not to be narrow
+    with _unnarrowed(u.device):  # what is solved is not to be narrow
         gram = wide.transpose(-1, -2) @ wide
     t = gram.triu(1) + torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1) / 2)
     solved: Tensor = _linalg.solve_triangular(t, wide.transpose(-1, -2), upper=True)
     return solved.to(u.dtype)
+
+
+def _unnarrowed(device: torch.device) -> AbstractContextManager[object]:
+    """A context without autocast, which some devices (meta) do not have."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def householder(facts: Facts, u: Tensor) -> Tensor:
