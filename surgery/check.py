@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from keyword import iskeyword
 from typing import TypeVar
 
 from surgery.algebra.axes import symbol
@@ -105,6 +106,7 @@ def _resolve(spec: ast.Spec, library: Library, values: Values, report: Report) -
     _check_uses(spec, report)
     if report.failed:  # no name is known to mean nothing before the files are read
         return Resolved(spec, extended, Names({}, {}), ())
+    _check_adapter_names(spec, report)
     _check_duplicates(spec, report)
     lets: dict[str, ast.Let] = {}
     for let in _of_type(spec, ast.Let):
@@ -296,11 +298,18 @@ def _check_uses(spec: ast.Spec, report: Report) -> None:
         )
 
 
-def _check_duplicates(spec: ast.Spec, report: Report) -> None:
+def _check_adapter_names(spec: ast.Spec, report: Report) -> None:
     for adapter in _of_type(spec, ast.Adapter):
         if adapter.name == NONE:
             message = f"`{NONE}` means that no adapter is live"
-            report.error("E106", message, adapter.span, hint="use another name")
+        elif iskeyword(adapter.name):
+            message = f"`{adapter.name}` is a word of Python, which a site's code is"
+        else:
+            continue
+        report.error("E106", message, adapter.span, hint="use another name")
+
+
+def _check_duplicates(spec: ast.Spec, report: Report) -> None:
     seen: dict[tuple[str, str], Span] = {}
     for statement in spec.statements:
         match statement:

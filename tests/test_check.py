@@ -55,6 +55,7 @@ BAD = [
     ("E105", "match /q/ apply lora() activate «1 / 0» * default"),
     ("E105", "match /q/ apply lora() activate «1e30 * default»"),
     ("E106", "«adapter none { match /q/ apply lora() }»"),
+    ("E106", "«adapter for { match /q/ apply lora() }»"),
     ("E107", "let a = 3 «let a = 4» match /q/ apply lora()"),
     ("E107", "let a = 3 «param a: int = 4» match /q/ apply lora()"),
     ("E107", "match /q/ apply lora(r = 3, «r = 4»)"),

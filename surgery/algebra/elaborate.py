@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
+from keyword import iskeyword
 from typing import Any, assert_never
 
 from surgery.algebra import scalars
@@ -242,6 +243,14 @@ class Elaborator(Tensors):
         shape = tuple(self.size(s) for s in item.shape)
         for length, place in zip(shape, item.shape, strict=True):
             _positive(length, place.span)
+        if iskeyword(item.name):
+            hint = "use another name"
+            refuse(
+                "E106",
+                f"`{item.name}` is a word of Python, which a site's code is",
+                item.span,
+                hint=hint,
+            )
         beginning = self._beginning(item, shape)
         self._define(item.name, parameter(item.name, shape), item.span)
         self.parameters[item.name] = Parameter(

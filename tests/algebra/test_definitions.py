@@ -67,6 +67,7 @@ BAD: list[tuple[str, str, str]] = [
     ("E106", "«channels»: int", "W' = W"),
     ("E106", "", "«train W[out, in] = 0» W' = W"),
     ("E106", "", "«train x[out] = 0» W' = W"),
+    ("E106", "", "«train lambda[out] = 0» W' = W"),
     ("E106", "", "«let y = 3» W' = W"),
     ("E107", "r: int, «r»: int", "W' = W"),
     ("E107", "", "train A[4] = 0 «train A[5] = 0» W' = W"),
