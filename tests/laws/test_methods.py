@@ -260,7 +260,9 @@ def placed(values: Tensor, entries: Tensor, rows: int, columns: int) -> Tensor:
 def fourierft(w: Tensor, p: Parameters, a: Arguments) -> Tensor:
     (m, n), change = w.shape, torch.zeros_like(w)
     for c, u, v in zip(p["c"], *p["entries"].detach(), strict=True):
-        turn = torch.outer(torch.arange(m) * u / m, torch.ones(n)) + torch.arange(n) * v / n
+        # Whole turns are left out, which would leave the cosine fewer places.
+        down, along = torch.arange(m) * u % m / m, torch.arange(n) * v % n / n
+        turn = down[:, None] + along
         change = change + c * torch.cos(2 * math.pi * turn)
     return w + a["scaling"] / (m * n) * change
 
