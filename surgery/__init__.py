@@ -9,8 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from surgery.allocation import allocate
+    from surgery.conversion import convert
     from surgery.explanation import explain
     from surgery.include import load
+    from surgery.integrations.imported import import_config
     from surgery.verification import Verification, verify
 
 # What an import makes is there to stay, so a collection in the middle of it, over all that torch
@@ -31,10 +34,13 @@ __all__ = [
     "Diagnostic",
     "SurgeryError",
     "Verification",
+    "allocate",
     "attach",
     "check",
     "compile",
+    "convert",
     "explain",
+    "import_config",
     "load",
     "of",
     "parse",
@@ -45,7 +51,10 @@ __all__ = [
 __version__ = "0.1.0"
 
 _LATER = {
+    "allocate": "surgery.allocation",
+    "convert": "surgery.conversion",
     "explain": "surgery.explanation",
+    "import_config": "surgery.integrations.imported",
     "load": "surgery.include",
     "Verification": "surgery.verification",
     "verify": "surgery.verification",

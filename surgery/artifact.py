@@ -29,7 +29,9 @@ from surgery.language.library import Library
 from surgery.language.parse import MAX_WORDS, parse_bytes
 from surgery.manifest import VERSION, Manifest, manifest_data
 from surgery.mapping import ForeignConfig, Reason, StateDictMapping, mapping_of, peft_config
+from surgery.mapping.config import PEFT, saying
 from surgery.mapping.keys import ADAPTED, NATIVE
+from surgery.mapping.spelling import Formats
 from surgery.model.parts import WHOLE
 from surgery.plan import Assignment, plan_assignments
 from surgery.planned import Plan, PlannedSite, SiteClass
@@ -93,47 +95,58 @@ def save_adapter(
     tensors: Mapping[str, Tensor],
     seed: int,
     base: Mapping[str, Digest],
+    *,
+    peft: bool = True,
+    model: nn.Module | None = None,
+    config: Mapping[str, object] | None = None,
 ) -> SaveReport:
     """Write an adapter to a folder, all of it or nothing; what stood there before is replaced.
 
     tensors: by adapted names, as `mapping_of` has them. base: digests of the weights below it, by
-    the paths of sites. Raises ArtifactError: E513 if it cannot be
-    written, E518 for a tensor that is none of the adapter's.
+    the paths of sites. peft: whether it is a peft folder where it can be. model: what the adapter
+    is on, which says what the base is and which copies are whole modules. config: fields by which
+    one of several formats of a method is chosen. Raises ArtifactError: E513 if it cannot be
+    written, E518 for a tensor that is none of the adapter's, E524 where no format has such fields.
     """
-    config = peft_config(plan, adapter)
-    mapping = mapping_of(plan).of_adapter(adapter)
-    form = NATIVE if isinstance(config, Reason) else config.format.name
-    peft = config.text if isinstance(config, Reason) else ""
+    formats = plan.resolved.library.formats
+    if config:
+        formats = saying(formats, PEFT, config)
+    foreign: ForeignConfig | Reason = Reason("it was not asked for")
+    if peft:
+        foreign = peft_config(plan, adapter, model, formats)
+    mapping = mapping_of(plan, formats=formats).of_adapter(adapter)
+    form = NATIVE if isinstance(foreign, Reason) else foreign.format.name
+    reason = foreign.text if isinstance(foreign, Reason) else ""
     sites = _sites(plan, adapter)
     files: dict[str, Writer] = {
         TENSORS: tensors_writer(mapping.rename(tensors, ADAPTED, form), {}),
-        SPEC: text_writer(spec_text(plan, adapter)),
+        SPEC: text_writer(spec_text(plan, adapter, formats)),
         MAPPING: json_writer(
-            manifest_data(sites, adapter, mapping, form=form, peft=peft, seed=seed, base=base)
+            manifest_data(sites, adapter, mapping, form=form, peft=reason, seed=seed, base=base)
         ),
         INVERSE: json_writer(inverse_data(plan, adapter)),
     }
-    if isinstance(config, ForeignConfig):
-        files[CONFIG] = json_writer(config.values)
+    if isinstance(foreign, ForeignConfig):
+        files[CONFIG] = json_writer(foreign.values)
     written = write_directory(directory, files, owned=_FILES)
-    return SaveReport(written, peft)
+    return SaveReport(written, reason)
 
 
 def _sites(plan: Plan, adapter: str) -> list[PlannedSite]:
     return [s for s in plan.sites if s.adapter == adapter]
 
 
-def spec_text(plan: Plan, adapter: str) -> str:
+def spec_text(plan: Plan, adapter: str, formats: Formats | None = None) -> str:
     """A spec that carries the adapter's own mathematics: its methods, formats and statements.
 
-    Params have the values they were compiled with.
+    Params have the values they were compiled with. formats: as in `mapping_of`.
     """
     resolved = plan.resolved
     links = [link for s in _sites(plan, adapter) for link in s.form.links]
     methods = {link.method.name: link.method for link in links}
     parts = ["# The adapter's own methods and formats. Its sites stand in mapping.json."]
     parts += [m.span.text for m in methods.values()]
-    parts += [f.span.text for name in methods for f in resolved.library.formats(name)]
+    parts += [f.span.text for name in methods for f in (formats or resolved.library.formats)(name)]
     statements = dict(resolved.adapters).get(adapter, ())
     if statements:
         parts += list(_names(resolved))

@@ -157,6 +157,11 @@ def _on(layer: nn.Module) -> nn.Module:
     return model
 
 
+def layer_model(kind: str, fan_in: int, fan_out: int) -> nn.Module:
+    """A model that is one layer of a kind, without data, called `site`. KeyError for no kind."""
+    return _on(_layer(_BY_NAME[kind], fan_in, fan_out))
+
+
 _BY_NAME = {kind.name: kind for kind in KINDS}
 
 

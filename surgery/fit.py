@@ -10,7 +10,7 @@ from itertools import islice
 from surgery.algebra.axes import Size, evaluate, size
 from surgery.algebra.elaborate import asks_sizes, instantiate
 from surgery.algebra.equations import Equations, Parameter, Random
-from surgery.algebra.expr import TOKENS, Expr, walk
+from surgery.algebra.expr import BIAS, TOKENS, Expr, walk
 from surgery.algebra.hidden import hidden_sizes
 from surgery.algebra.rules import is_zero
 from surgery.arguments import Link
@@ -19,6 +19,14 @@ from surgery.language import syntax as ast
 from surgery.model.sites import Site
 from surgery.model.storage import takes_bias
 from surgery.planned import SiteClass
+
+
+def equations_at(place: Site | SiteClass, link: Link) -> Equations:
+    """The equations of one method at a site. Raises DefinitionError."""
+    if not asks_sizes(link.method):
+        return instantiate(link.method, link.arguments)
+    facts = (("has_bias", place.has_bias), ("kind", place.kind.name))
+    return instantiate(link.method, link.arguments, tuple(place.sizes.names.items()), facts)
 
 
 def misfits(
@@ -56,7 +64,8 @@ def misfits(
 
 def _asks_beyond(form: SiteClass) -> bool:
     """Whether the equation changes more than what W gives: the output, or the bias."""
-    return form.derived.equations.bias is not None or form.derived.equations.output is not None
+    equations = form.derived.equations
+    return equations.bias not in (None, BIAS) or equations.output is not None
 
 
 def _whole_of(applications: Sequence[ast.Application]) -> Span:
@@ -68,7 +77,7 @@ def _unmet(
     form: SiteClass, link: Link, application: ast.Application, site: Site
 ) -> Iterator[Diagnostic]:
     """What one method demands of the site and does not find there."""
-    for demand in _demands(_equations(form, link)):
+    for demand in _demands(equations_at(form, link)):
         value = evaluate(demand.value, form.names)
         if demand.met(value):
             continue
@@ -81,12 +90,6 @@ def _unmet(
             hint=_nearest_fit(form, link, demand.value),
             related=(("needed here", demand.where),) if demand.where else (),
         )
-
-
-def _equations(form: SiteClass, link: Link) -> Equations:
-    """The equations of one method at a class of sites. Raises DefinitionError."""
-    sizes = tuple(form.sizes.names.items()) if asks_sizes(link.method) else ()
-    return instantiate(link.method, link.arguments, sizes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +166,7 @@ def _with(link: Link, name: str, value: object) -> Link:
 
 def _fits(form: SiteClass, link: Link) -> bool:
     try:
-        equations = _equations(form, link)
+        equations = equations_at(form, link)
     except SurgeryError:
         return False
     return all(d.met(evaluate(d.value, form.names)) for d in _demands(equations))

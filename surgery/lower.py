@@ -195,6 +195,8 @@ def _changes(key: Lowering, which: Which) -> bool:
     merged = key.form.derived.merged
     if merged is None:
         raise Unlowerable(key.form.derived.reason)
+    if key.form.derived.noisy:
+        raise Unlowerable("noise is for what passes the layer, and here its weight is computed")
     if key.follows and depends_on(merged.weight, BIAS):
         raise Unlowerable("W' is made of b, which the layers that share the weight do not share")
     if which == "weight":

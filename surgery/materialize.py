@@ -9,12 +9,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from surgery.algebra import observed
 from surgery.algebra.axes import evaluate
 from surgery.algebra.beginnings import draw, drawn_again, stream
+from surgery.algebra.cost import numbers
 from surgery.algebra.derive import parameters_in
 from surgery.algebra.equations import Parameter, Random
 from surgery.algebra.expr import BIAS, WEIGHT, Expr, depends_on
 from surgery.algebra.interpret import Domain, Evaluator
+from surgery.algebra.observed import SIGHTS
 from surgery.algebra.rules import constant
 from surgery.model.holder import parameters_of
 from surgery.model.hooked import execution_device
@@ -24,17 +27,21 @@ from surgery.plan import PlannedSite, SharedParameter, SiteClass
 
 Given = Callable[[Parameter], "Tensor | None"]
 
+_NOTHING: Mapping[str, Tensor] = {}
 
-def site_tensors(site: PlannedSite, seed: int, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+
+def site_tensors(
+    site: PlannedSite, seed: int, given: Mapping[str, Tensor], seen: Mapping[str, Tensor] = _NOTHING
+) -> dict[str, Tensor]:
     """The parameters of one site in their own dtype, on the device where it runs.
 
     given: values to use instead of the method's own beginning, and those of shared parameters, of
-    which a beginning may be made. Where the site is on meta, so is what begins there: *not yet*; a
-    given value stays where it is.
+    which a beginning may be made. seen: what data showed there; see `algebra.observed`. Where the
+    site is on meta, so is what begins there: *not yet*; a given value stays where it is.
     """
     batch, path = site.site.batch, site.path
     if batch is None:
-        return _matrix_tensors(site, site.site.at, path, seed, given)
+        return _matrix_tensors(site, site.site.at, path, (seed, given, seen))
     # Each matrix of a batch begins as it would if it were a site by itself.
     at, shared = site.site.at, {p.name for p in site.form.parameters if p.shared}
     each = [
@@ -42,8 +49,11 @@ def site_tensors(site: PlannedSite, seed: int, given: Mapping[str, Tensor]) -> d
             site,
             replace(at, index=i),
             _named(site, i),
-            seed,
-            {n: t if n in shared else t[i] for n, t in given.items()},
+            (
+                seed,
+                {n: t if n in shared else t[i] for n, t in given.items()},
+                {n: t[i] for n, t in seen.items()},
+            ),
         )
         for i in range(batch)
     ]
@@ -56,15 +66,20 @@ def _named(site: PlannedSite, index: int) -> str:
     return ".".join([*filter(None, [site.site.owner]), *names])
 
 
+_Told = tuple[int, Mapping[str, Tensor], Mapping[str, Tensor]]
+"""The seed, what is given, and what data showed."""
+
+
 def _matrix_tensors(
-    site: PlannedSite, at: ParameterSlice, path: str, seed: int, given: Mapping[str, Tensor]
+    site: PlannedSite, at: ParameterSlice, path: str, told: _Told
 ) -> dict[str, Tensor]:
+    seed, given, seen = told
     form, module = site.form, site.site.module
     device = execution_device(module)
     made: dict[str, Tensor] = {}
     shared = {p.name: given[p.name] for p in form.parameters if p.shared and p.name in given}
     known = ChainMap(made, shared)
-    leaves = _Leaves(site, at, known)
+    leaves = Leaves(site, at, known, seen, (seed, site.adapter, path))
     values = Evaluator(Domain(form.names, leaves, lambda: torch.zeros((), dtype=torch.float64)))
     for p in form.parameters:
         if p.shared:
@@ -150,17 +165,39 @@ def _drawn(
     return draw(beginning.distribution, arguments, shape, stream(*names, name))
 
 
-class _Leaves:
-    """What a beginning may read: W and b as they lie, and the parameters before it; in float64."""
+class Leaves:
+    """What a beginning may read, in float64.
 
-    def __init__(self, site: PlannedSite, at: ParameterSlice, made: Mapping[str, Tensor]) -> None:
+    W and b as they lie, the parameters before it, what data showed, and numbers that are drawn.
+    """
+
+    def __init__(
+        self,
+        site: PlannedSite,
+        at: ParameterSlice,
+        made: Mapping[str, Tensor],
+        seen: Mapping[str, Tensor],
+        stream_of: tuple[str | int, ...],
+    ) -> None:
+        """Read at a site; `stream_of` names the streams of what is drawn."""
         self.site = site
         self.at = at
         self.made = made
+        self.seen = seen
+        self.stream_of = stream_of
 
     def __call__(self, expr: Expr) -> Tensor:
+        """The value of a leaf."""
         module = self.site.site.module
+        if expr.op in SIGHTS:
+            return _double(self.seen[expr.op])
         match expr.op:
+            case observed.DRAWN:
+                names = (*self.stream_of, observed.DRAWN, str(expr.attr("number")))
+                shape = numbers(expr, self.site.form.names)
+                return (
+                    draw("normal", {}, shape, stream(*names)).double().to(execution_device(module))
+                )
             case "parameter":
                 name = expr.text("name")
                 return self.site.form.matrix(name, self.made[name]).double()

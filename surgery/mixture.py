@@ -223,7 +223,8 @@ def _link(link: Live, known: Mapping[str, Equations]) -> Equations:
         case terms:
             found = mixed(terms, has_bias=True)
     if found.beside:
-        raise Unchained(f"`{link}` is mixed as it runs, and `then` needs its W': {found.reason}")
+        reason = found.reason or "what it draws at random is no part of one"
+        raise Unchained(f"`{link}` is mixed as it runs, and `then` needs its W': {reason}")
     return found.equations
 
 

@@ -18,7 +18,6 @@ from surgery.algebra import scalars
 from surgery.algebra.axes import evaluate
 from surgery.algebra.compose import Unchained, composed
 from surgery.algebra.derive import derive
-from surgery.algebra.elaborate import asks_sizes, instantiate
 from surgery.algebra.equations import Equations, Parameter
 from surgery.algebra.filters import Filter, asks
 from surgery.arguments import (
@@ -31,7 +30,7 @@ from surgery.arguments import (
 )
 from surgery.check import Names, Resolved
 from surgery.errors import Diagnostic, Report, Span, SurgeryError
-from surgery.fit import misfits
+from surgery.fit import equations_at, misfits
 from surgery.language import syntax as ast
 from surgery.language.library import TRAINED, trained
 from surgery.model.facts import Facts
@@ -283,9 +282,8 @@ class _Planner:
         """The equations of a chain at a site; None if it has none, which is reported."""
         found: list[Equations] = []
         for application, link in zip(applications, links, strict=True):
-            sizes = tuple(site.sizes.names.items()) if asks_sizes(link.method) else ()
             try:
-                found.append(instantiate(link.method, link.arguments, sizes))
+                found.append(equations_at(site, link))
             except SurgeryError as error:
                 # The first is enough: what follows in it is mostly wrong for the same reason.
                 wrong = applied(error.diagnostics[0], application)

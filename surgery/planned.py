@@ -10,7 +10,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from surgery.algebra.axes import names_in
+from surgery.algebra.derive import parameters_in
 from surgery.algebra.equations import Parameter
+from surgery.algebra.expr import render
+from surgery.algebra.observed import seen_by, sight
 from surgery.arguments import Arguments, Link
 from surgery.check import Resolved
 from surgery.errors import Diagnostic, Span
@@ -228,9 +232,18 @@ def _told(site: PlannedSite) -> Iterator[str]:
 
 
 def _start(form: SiteClass) -> Iterator[str]:
-    kept = ", ".join(p.name for p in form.parameters if p.of)
+    equations = form.derived.equations
+    taken = parameters_in(equations.start)
+    kept = ", ".join(p.name for p in form.parameters if p.of or p.name in taken)
     if kept:
         yield f"  changes W at the start, by what is kept as {kept}; the base is not written"
+    shown = ", ".join(render(sight(name)) for name in sorted(seen_by(equations)))
+    if shown:
+        yield f"  begins with {shown}, which is seen of data when it is compiled"
+    counted = {share.name for share in equations.shares if share.count is not None}
+    names = ", ".join(name for name, size in equations.changes if names_in(size) & counted)
+    if names:
+        yield f"  shared out among all sites of the method: {names}"
 
 
 def _adds_bias(site: PlannedSite) -> bool:

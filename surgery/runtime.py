@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,8 +25,10 @@ from surgery.language.syntax import Spec
 from surgery.live import single
 from surgery.mixture import live_sites
 from surgery.model.hooked import adopt
+from surgery.observation import Data, Loss, Progress, Seen
 from surgery.plan import Plan, PlannedSite, plan_assignments
 from surgery.plan import plan as make_plan
+from surgery.redistribution import looked_at
 from surgery.state import Adapter, State, forget_state, keep_state, require_state, state_of
 from surgery.switching import chosen, live_of, make_live
 from surgery.tensors import add_banks, begin_pending, tensors_of
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
 # Names and files are a fifth of all code, and are imported when they are first asked for.
 
 SpecLike = Spec | str | Path
+
+_NOTHING_SEEN: Seen = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,12 +146,21 @@ class Compiled:
         state = self._state
         return tensors_of(self.model, chosen(state, adapter))
 
-    def save(self, directory: str | Path, adapter: str | None = None) -> SaveReport:
+    def save(
+        self,
+        directory: str | Path,
+        adapter: str | None = None,
+        *,
+        config: Mapping[str, object] | None = None,
+    ) -> SaveReport:
         """Write an adapter (the live one by default) to a folder, all of it or nothing.
 
         The folder is a peft folder where one peft config says the same; the report says if not.
-        Raises ArtifactError if it cannot be written; StateError: E411 for an unknown adapter, E416
-        where several are live.
+
+        config: fields of peft's config, such as its `peft_type`, by which one of several
+        formats of a method is chosen; by default it is the first. Raises ArtifactError if it cannot
+        be written, and E524 where no format has such fields; StateError: E411 for an
+        unknown adapter, E416 where several are live.
         """
         from surgery.artifact import save_adapter
         from surgery.digests import base_digests
@@ -161,6 +174,8 @@ class Compiled:
             tensors_of(self.model, saved),
             saved.seed,
             base_digests(state, saved.sites),
+            model=self.model,
+            config=config,
         )
 
     @property
@@ -238,6 +253,9 @@ def compile_model(
     dtype: torch.dtype | None = None,
     inplace: bool = True,
     mode: Form | None = None,
+    data: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    progress: Progress | None = None,
 ) -> Compiled:
     """Adapt a model in place, or a twin of it. Whatever goes wrong, the model is left as it was.
 
@@ -245,14 +263,18 @@ def compile_model(
     matter. inplace: False leaves the model alone, and the handle's `model` is a twin that shares
     the storage of every parameter and buffer. mode: "graph" for a model that is one graph, which
     the handle's `model` then is; "module" by default, and "graph" for a GraphModule and an exported
-    program. A module or a program that becomes a graph stays as it is. Other arguments as for
+    program. A module or a program that becomes a graph stays as it is. data, loss, progress: for
+    beginnings that read data; see `observation.Data`. Other arguments as for
     `plan`. A second call adds its adapters beside those that are there. Raises SurgeryError.
     """
     target = target_of(model, mode, inplace)
     made = plan(spec, target, values=values, dtype=dtype)
     if not made.adapters:
         raise error_of([adapts_nothing(made.resolved.spec)])
-    return _put_on(target, made, seed, {})
+    _refuse_merged(state_of(target))
+    told = None if data is None else Data(data, loss, progress)
+    made, seen = looked_at(made, target, told, seed, dtype)
+    return _put_on(target, made, seed, {}, seen)
 
 
 def target_of(model: Model, mode: Form | None, inplace: bool = True) -> nn.Module:
@@ -265,7 +287,13 @@ def target_of(model: Model, mode: Form | None, inplace: bool = True) -> nn.Modul
     return programs.target_of(model, mode, inplace)
 
 
-def _put_on(model: nn.Module, made: Plan, seed: int, given: Mapping[str, Tensor]) -> Compiled:
+def _put_on(
+    model: nn.Module,
+    made: Plan,
+    seed: int,
+    given: Mapping[str, Tensor],
+    seen: Seen = _NOTHING_SEEN,
+) -> Compiled:
     """Make the holders and all tensors, then mount; undo everything if anything fails."""
     state = state_of(model) or State()
     _refuse_known_names(state, made)
@@ -278,7 +306,12 @@ def _put_on(model: nn.Module, made: Plan, seed: int, given: Mapping[str, Tensor]
         adopt(model)  # a hook may now tell where the sites run, and so where tensors belong
         banks = add_banks(model, made, seed, given)
         tensors = [
-            materialize.site_tensors(s, seed, {**_given_at(s, given), **shared_at(model, made, s)})
+            materialize.site_tensors(
+                s,
+                seed,
+                {**_given_at(s, given), **shared_at(model, made, s)},
+                seen.get((s.adapter, s.path), {}),
+            )
             for s in made.sites
         ]
         for site, holder, values in zip(made.sites, holders, tensors, strict=True):

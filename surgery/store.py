@@ -50,6 +50,7 @@ class TensorFile(Mapping[str, Tensor]):
         self.path = path
         self._handle = handle
         self._own: Mapping[str, str] = {}
+        self._made: Mapping[str, Callable[[Tensor], Tensor]] = {}
         with _reading(path):
             names = handle.keys()
             self.metadata: Mapping[str, str] = handle.metadata() or {}
@@ -63,13 +64,34 @@ class TensorFile(Mapping[str, Tensor]):
             raise KeyError(name)
         with _reading(self.path):
             # A copy: the file may be replaced while the tensor lives.
-            return self._handle.get_tensor(self._own.get(name, name)).clone()
+            tensor = self._handle.get_tensor(self._own.get(name, name)).clone()
+        return self._made[name](tensor) if name in self._made else tensor
 
     def renamed(self, names: Mapping[str, str]) -> TensorFile:
         """The same file with some of its tensors under other names: their own to the others."""
         other = copy(self)
-        other._own = {new: self._own.get(name, name) for name, new in names.items()}
+        moved = {new: self._own.get(name, name) for name, new in names.items()}
+        other._own = {**self._own, **moved}
+        other._made = {names.get(name, name): make for name, make in self._made.items()}
         other.shapes = {names.get(name, name): shape for name, shape in self.shapes.items()}
+        return other
+
+    def made(
+        self, name: str, new: str, shape: tuple[int, ...], make: Callable[[Tensor], Tensor]
+    ) -> TensorFile:
+        """The same file with another tensor, of a shape in elements, in place of one of its own.
+
+        make: of the file's tensor the other, each time that it is asked for.
+        """
+        other = self.renamed({name: new})
+        other._made = {**other._made, new: make}
+        other.shapes = {**other.shapes, new: shape}
+        return other
+
+    def without(self, name: str) -> TensorFile:
+        """The same file without one of its tensors."""
+        other = self.renamed({})
+        other.shapes = {n: shape for n, shape in self.shapes.items() if n != name}
         return other
 
     def __iter__(self) -> Iterator[str]:

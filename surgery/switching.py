@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
+
 from torch import nn
 
 from surgery import lower, mount
@@ -9,7 +12,7 @@ from surgery.errors import error_of, refuse
 from surgery.language.parse import parse_live
 from surgery.live import Live, read_live, single, unknown_adapter
 from surgery.mixture import live_sites
-from surgery.state import Adapter, State
+from surgery.state import Adapter, State, state_of
 
 
 def live_of(expression: str | None, state: State) -> Live:
@@ -30,6 +33,21 @@ def make_live(model: nn.Module, state: State, live: Live) -> None:
     mount.dismount_all(model, (module for module, _ in before))
     state.live = live
     mount.mount_all(model, after)
+
+
+@contextmanager
+def base_alone(model: nn.Module) -> Generator[None]:
+    """Let the forward run the base, whatever is live; it is live again afterwards."""
+    state = state_of(model)
+    if state is None or not state.live:
+        yield
+        return
+    live = state.live
+    make_live(model, state, Live())
+    try:
+        yield
+    finally:
+        make_live(model, state, live)
 
 
 def _modules(state: State, live: Live) -> list[tuple[nn.Module, lower.Lowerings]]:

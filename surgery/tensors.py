@@ -8,10 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from surgery import materialize, mount
+from surgery.algebra.expr import Expr
+from surgery.algebra.observed import seen
+from surgery.errors import refuse
 from surgery.inverse import parameters_at, shared_parameter
 from surgery.model.holder import SHARED, holder_of, shared_name
 from surgery.model.hooked import execution_device
-from surgery.plan import Plan, SharedParameter
+from surgery.plan import Plan, PlannedSite, SharedParameter
 from surgery.state import Adapter
 
 
@@ -42,12 +45,24 @@ def begin_pending(model: nn.Module, adapter: Adapter) -> None:
             continue
         known = parameters_at(model, adapter.plan, site)
         ready = {n: t.detach() for n, t in known.items() if not t.is_meta}
+        _refuse_unseen(site, ready)
         values = materialize.site_tensors(site, adapter.seed, ready)
         trained = frozenset(p.name for p in site.form.parameters if p.trained)
         waiting = {n: v for n, v in values.items() if known[n].device != v.device}
         mount.add_parameters(
             mount.add_holder(site.site.module, *site.holders), mount.Tensors(waiting, trained)
         )
+
+
+def _refuse_unseen(site: PlannedSite, ready: Mapping[str, Tensor]) -> None:
+    """E421 where what is to begin reads data, which is not passed any more."""
+    for p in site.form.parameters:
+        if p.name not in ready and isinstance(p.beginning, Expr) and seen([p.beginning]):
+            refuse(
+                "E421",
+                f"`{site.adapted(p.name)}` begins with {p.begins}, which only data shows",
+                hint="compile the adapter with data where the base has its weights",
+            )
 
 
 def _begin_shared(model: nn.Module, adapter: Adapter, shared: SharedParameter) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,6 +13,7 @@ from surgery.algebra.beginnings import stream
 from surgery.check import Values
 from surgery.errors import refuse
 from surgery.model.holder import under_adapters
+from surgery.observation import Loss
 from surgery.plan import Plan
 from surgery.runtime import Compiled, SpecLike, compile_model, target_of
 from surgery.state import require_state, state_of
@@ -101,12 +102,14 @@ def verify(
     values: Values | None = None,
     progress: Callable[[str], None] = lambda step: None,
     mode: Form | None = None,
+    data: Iterable[Any] | None = None,
+    loss: Loss | None = None,
 ) -> Verification:
     """Compile a spec, move the parameters, go backward, merge, unmerge, merge again and unload.
 
     run: calls the model on some input and gives its output; it is called in evaluation mode,
         without gradients but for the backward pass. progress: told the name of each step. mode: as
-        for `compile`; `run` is given the graph, where there is one.
+        for `compile`; `run` is given the graph, where there is one. data, loss: as for `compile`.
     The model is as it was afterwards, whatever happens. Raises SurgeryError as `compile` does, and
     StateError (E414) for a model that is adapted already.
     """
@@ -121,7 +124,7 @@ def verify(
         progress("base")
         base = _outputs(run, model)
         progress("compile")
-        compiled = compile_model(spec, model, seed=seed, values=values)
+        compiled = compile_model(spec, model, seed=seed, values=values, data=data, loss=loss)
         return _observed(compiled, run, base, before, seed, progress)
     finally:
         if state_of(model) is not None:

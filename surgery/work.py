@@ -16,11 +16,10 @@ from typing import Any, Literal, Protocol, cast
 from torch import Tensor
 
 from surgery.algebra.axes import evaluate
-from surgery.algebra.cost import numbers
+from surgery.algebra.cost import numbers, own_work
 from surgery.algebra.derive import Derived
 from surgery.algebra.expr import Expr
 from surgery.algebra.interpret import Domain, Interpreter, Unlowerable
-from surgery.algebra.ops import OPS
 from surgery.algebra.rules import constant
 from surgery.model.layers import Geometry, LayerKind, Mode, Sizes
 
@@ -288,6 +287,7 @@ _FUNCTIONS: Mapping[str, Callable[..., Shaped]] = {
     "select": _selected,
     "embedding": _looked_up,
     "correlate": _correlated,
+    "drawn": _as_it_is,
     "dropout": _as_it_is,  # it is the identity where nothing is trained
     "detach": _as_it_is,
 }
@@ -296,7 +296,9 @@ _FUNCTIONS: Mapping[str, Callable[..., Shaped]] = {
 
 # ---------------------------------------------------------------------------------- counting
 
-_TWICE = frozenset({"matmul", "cayley", "inverse", "reflectors", "orthonormal", "butterfly"})
+_TWICE = frozenset(
+    {"matmul", "cayley", "inverse", "reflectors", "orthonormal", "qr", "butterfly", "neumann"}
+)
 """Operators whose multiplications each come with an addition."""
 
 
@@ -315,8 +317,7 @@ class _Counter(Interpreter):
         if expr.args:
             for argument in expr.args:
                 self._value(argument)
-            arguments = tuple(numbers(a, self.domain.names) for a in expr.args)
-            work = OPS[expr.op].work(shape, arguments)
+            work = own_work(expr, self.domain.names)
             value.counted(2 * work if expr.op in _TWICE else work)
         return cast(Tensor, value)
 

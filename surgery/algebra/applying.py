@@ -65,8 +65,8 @@ class Applier(Protocol):
         """W by v; None where v is not in a form the site takes."""
         ...
 
-    def drop(self, probability: float, v: Vector) -> Vector:
-        """Dropout, active in training."""
+    def drop(self, probability: float, together: str, v: Vector) -> Vector:
+        """Dropout, active in training; `together` is one of `chance.TOGETHER`."""
         ...
 
     def multiply(self, factor: Expr, v: Vector) -> Vector:
@@ -255,8 +255,8 @@ def eye(go: Applier, expr: Expr, v: Vector) -> Vector:
 
 def drop(go: Applier, expr: Expr, v: Vector) -> Vector:
     """Dropout of x."""
-    probability = expr.attr("p")
-    return go.drop(float(go.facts(expr).number(cast(Scalar, probability))), v)
+    probability = float(go.facts(expr).number(cast(Scalar, expr.attr("p"))))
+    return go.drop(probability, str(dict(expr.attrs).get("together", "tokens")), v)
 
 
 def householder(go: Applier, expr: Expr, v: Vector) -> Vector | None:

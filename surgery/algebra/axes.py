@@ -204,6 +204,13 @@ def _inverted(value: Fraction) -> Fraction:
 _MOST_DIVIDED = 2**32
 
 
+def at_most(n: float | Fraction, most: float | Fraction) -> float | Fraction:
+    """The number itself. Raises ValueError if it is above the other."""
+    if n > most:
+        raise ValueError(f"{n} is above {most}")
+    return n
+
+
 def divisor(n: float | Fraction, most: float | Fraction) -> int:
     """A divisor of n: `most` if it is one, else the largest up to `most` and the root of n.
 
@@ -236,6 +243,7 @@ FUNCTIONS: Mapping[str, Function] = {
     "pow": _power,
     "reciprocal": _inverted,
     "divisor": divisor,
+    "at_most": at_most,
 }
 
 

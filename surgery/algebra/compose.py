@@ -23,6 +23,7 @@ from surgery.algebra.expr import (
     walk,
 )
 from surgery.algebra.interpret import mixes_output
+from surgery.algebra.observed import seen_by
 from surgery.algebra.ops import through
 from surgery.algebra.rules import make, rebuild, substitute
 from surgery.algebra.tensors import MAX_DEPTH
@@ -56,11 +57,20 @@ def composed(links: tuple[Equations, ...]) -> Equations:
         numbered = renamed(link, _suffix(index + 1, link, taken))
         parameters = tuple(replace(p, link=index) for p in numbered.parameters)
         try:
+            _check_asks(whole, link)
             whole = chained(whole, replace(numbered, parameters=parameters))
         except Unchained as obstacle:
             obstacle.link = index
             raise
     return whole
+
+
+def _check_asks(first: Equations, second: Equations) -> None:
+    """Refuse what is asked of a site with one method alone."""
+    if any(share.count is not None for share in (*first.shares, *second.shares)):
+        raise Unchained("among() shares out an argument of a method that is alone at its sites")
+    if seen_by(second):
+        raise Unchained("it begins with what data shows of the base, and here it sees another W")
 
 
 def _suffix(number: int, link: Equations, taken: set[str]) -> str:
@@ -196,6 +206,8 @@ class _Site:
         derived = derive(first, has_bias=True)
         if derived.merged is None or derived.still is None:
             raise Unchained(f"it reads W or b, and there is no W' before it: {derived.reason}")
+        if derived.noisy:
+            raise Unchained("it reads W or b, and the noise before it is no part of W'")
         if _random(derived.merged.bias):
             raise Unchained("it reads W or b, and drop(p) before it drops something of b")
         self._weight = derived.merged.weight

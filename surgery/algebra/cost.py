@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from math import prod
+from typing import cast
 
-from surgery.algebra.axes import evaluate
+from surgery.algebra.axes import Scalar, evaluate
 from surgery.algebra.expr import TOKENS as ACTIVATION
 from surgery.algebra.expr import Expr
 from surgery.algebra.ops import OPS, through
@@ -50,11 +51,17 @@ def value_cost(names: Mapping[str, int | float]) -> Cost:
         if not expr.args:
             return 0
         if expr not in memo:
-            own = OPS[expr.op].work(*_sizes(expr, names))
-            memo[expr] = own + sum(map(cost, expr.args))
+            memo[expr] = own_work(expr, names) + sum(map(cost, expr.args))
         return memo[expr]
 
     return cost
+
+
+def own_work(expr: Expr, names: Mapping[str, int | float]) -> int:
+    """The cost of an operator alone, whose arguments are there."""
+    op = OPS[expr.op]
+    work = op.work(*_sizes(expr, names))
+    return work * int(evaluate(cast(Scalar, expr.attr(op.times)), names)) if op.times else work
 
 
 def apply_cost(names: Mapping[str, int | float], tokens: int = TOKENS) -> Cost:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+from surgery.algebra.chance import noisy
 from surgery.algebra.equations import Equations
 from surgery.algebra.expr import (
     BIAS,
@@ -69,6 +70,11 @@ class Derived:
     inverse: Inverse
     reason: str = ""
     beside: tuple[tuple[float, Equations], ...] = ()
+
+    @property
+    def noisy(self) -> bool:
+        """Whether a forward in training has noise in it, of which the merged weight has none."""
+        return any(map(noisy, (self.equations, *(equations for _, equations in self.beside))))
 
     @property
     def merge_class(self) -> MergeClass:
@@ -174,6 +180,8 @@ class _Composer:
                 return _each("neg", self.of(expr.args[0]))
             case "scale":
                 return _scaled(expr.args[0], self.of(expr.args[1]))
+            case "noise":  # its mean
+                return _Affine(zeros((expr.shape[-1], IN)), zeros((expr.shape[-1],)))
             case "mul" | "div":
                 return self._multiple(expr)
             case "matmul" if len(expr.args[1].shape) > 1:

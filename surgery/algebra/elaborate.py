@@ -13,6 +13,7 @@ from keyword import iskeyword
 from typing import Any, assert_never
 
 from surgery.algebra import scalars
+from surgery.algebra.asked import Asking
 from surgery.algebra.axes import Size, evaluate, names_in, size
 from surgery.algebra.beginnings import DISTRIBUTIONS, Distribution
 from surgery.algebra.equations import RESERVED, SIZES, TARGETS, Equations, Parameter, Random
@@ -27,17 +28,17 @@ from surgery.algebra.expr import (
     walk,
 )
 from surgery.algebra.mentions import decisions, names, nodes
+from surgery.algebra.observed import LEAVES, is_lasting
 from surgery.algebra.ops import OPS
 from surgery.algebra.rules import constant, substitute
 from surgery.algebra.scalars import Scalars, unknown_name
 from surgery.algebra.shapes import show
 from surgery.algebra.sums import difference
-from surgery.algebra.tensors import Tensors
 from surgery.errors import Report, Span, SurgeryError, refuse
 from surgery.language import syntax as ast
 
 
-class Elaborator(Tensors):
+class Elaborator(Asking):
     """Runs a method's body."""
 
     def __init__(
@@ -45,12 +46,16 @@ class Elaborator(Tensors):
         arguments: Mapping[str, object],
         decide: scalars.Decide = scalars.undecided,
         sizes: Mapping[str, int] | None = None,
+        facts: Mapping[str, object] | None = None,
     ) -> None:
-        """Run with these arguments; `sizes` are the site's, where they are known."""
+        """Run with these arguments; `sizes` and `facts` are the site's, where they are known."""
         super().__init__(arguments, decide)
+        self.scope |= facts or {}
         self.sizes = sizes or {}
         self.parameters: dict[str, Parameter] = {}
         self.targets: dict[str, Expr] = {}
+        self.changes: dict[str, Size] = {}
+        self.arguments: frozenset[str] = frozenset(arguments)
         self.start: Expr = WEIGHT
         self.taken: frozenset[str] = frozenset()
         self.report = Report()
@@ -72,7 +77,8 @@ class Elaborator(Tensors):
         if self.start is not WEIGHT:  # equations see W after the last change of it
             targets = {t: self._begun(e) for t, e in {"W": WEIGHT, **targets}.items()}
         fields: dict[str, Any] = {TARGETS[t][0]: e for t, e in targets.items()}
-        return Equations(tuple(self.parameters.values()), **fields)
+        fields |= {"start": self.start, "changes": (*self.changes.items(),)}
+        return Equations((*self.parameters.values(),), **fields, shares=tuple(self.shares))
 
     def holds(self, condition: ast.Expression) -> bool:
         """Whether a condition holds; at a site, sizes in it are numbers."""
@@ -122,6 +128,9 @@ class Elaborator(Tensors):
         self.scope[name] = value
 
     def _equation(self, item: ast.Equation) -> None:
+        if item.target in self.arguments:
+            self.changes[item.target] = self.changed(item)
+            return
         if item.target not in TARGETS:
             refuse(
                 "E101",
@@ -153,7 +162,7 @@ class Elaborator(Tensors):
     def _check_running(self, value: Expr, place: Span) -> None:
         """Refuse what is no work for a forward."""
         for expr in walk(value):
-            if expr.op in OPS and OPS[expr.op].begins:
+            if expr.op in LEAVES or (expr.op in OPS and OPS[expr.op].begins):
                 refuse(
                     "E136",
                     f"{expr.op}() stands in a beginning, which is computed once",
@@ -230,8 +239,19 @@ class Elaborator(Tensors):
         """Whether a kept beginning can be made again, by its seed or of the base."""
         if isinstance(beginning, Random):
             return beginning.seed is not None
+        if not is_lasting(beginning):
+            return False
         read = (self.parameters[e.text("name")] for e in walk(beginning) if e.op == "parameter")
         return all(p.again or not p.of for p in read)
+
+    def _is_made_again(self, p: Parameter) -> bool:
+        """Whether it is always what the base and what has a seed make it."""
+        if p.trained or p.shared or not isinstance(p.beginning, Expr):
+            return False
+        if not is_lasting(p.beginning):
+            return False
+        read = (self.parameters[e.text("name")] for e in walk(p.beginning) if e.op == "parameter")
+        return all(q.redrawn for q in read)
 
     def _begun(self, value: Expr) -> Expr:
         """An expression over W, of W as it is at this point."""
@@ -253,9 +273,8 @@ class Elaborator(Tensors):
             )
         beginning = self._beginning(item, shape)
         self._define(item.name, parameter(item.name, shape), item.span)
-        self.parameters[item.name] = Parameter(
-            item.name, shape, beginning, item.trained, item.shared, item.span
-        )
+        p = Parameter(item.name, shape, beginning, item.trained, item.shared, item.span)
+        self.parameters[item.name] = replace(p, again=self._is_made_again(p))
 
     def _beginning(self, item: ast.Declaration, shape: Shape) -> Random | Expr:
         if isinstance(item.beginning, ast.Draw):
@@ -407,17 +426,18 @@ def instantiate(
     method: ast.Method,
     arguments: tuple[tuple[str, object], ...],
     sizes: tuple[tuple[str, int], ...] = (),
+    facts: tuple[tuple[str, object], ...] = (),
 ) -> Equations:
     """A method with its arguments given, at a site of these sizes. Raises DefinitionError.
 
     The sizes decide conditions such as `in % 8 == 0`, and are numbers in the arguments of a draw;
-    in shapes they stay symbols.
+    in shapes they stay symbols. facts: those of `equations.FACTS`, wherever there are sizes.
     """
-    return Elaborator(dict(arguments), sizes=dict(sizes)).run(method)
+    return Elaborator(dict(arguments), sizes=dict(sizes), facts=dict(facts)).run(method)
 
 
 @lru_cache(maxsize=512)
 def asks_sizes(method: ast.Method) -> bool:
-    """Whether what a method says may depend on the site's sizes other than in a shape."""
+    """Whether what a method says may depend on the site's facts, or sizes other than in a shape."""
     given = {a.name for a in method.arguments} | scalars.CONSTANTS.keys()
     return any(not names(e) <= given for e in decisions(method))

@@ -18,11 +18,18 @@ from surgery.algebra.expr import (
     Shape,
     render,
 )
+from surgery.algebra.scalars import Open
 from surgery.errors import Span
 
-RESERVED = frozenset({"W", "b", "x", "y", "in", "out", "channels", "layer"})
 SIZES: Mapping[str, Size] = {"in": IN, "out": OUT, "channels": CHANNELS}
 SITE: Mapping[str, Expr] = {"W": WEIGHT, "b": BIAS, "x": INPUT, "y": OUTPUT}
+FACTS: Mapping[str, Open] = {
+    "has_bias": Open("has_bias", "bool"),
+    "kind": Open("kind", "text"),
+}
+"""What conditions may ask of a site beside its sizes: whether its layer adds a bias, its kind."""
+
+RESERVED = frozenset({"layer", *SIZES, *SITE, *FACTS})
 KINDS = ("matrix",)
 
 TARGETS: Mapping[str, tuple[str, Shape]] = {
@@ -98,12 +105,28 @@ class Parameter:
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """A number that only all sites together tell; in equations it is a symbol.
+
+    scores: a vector. The number is how many of its elements are among the largest of those of all
+        sites, of which there are `count` a site; or, where there is no count, how many of them an
+        allocation leaves in the end.
+    """
+
+    name: str
+    scores: Expr
+    count: Size | None
+
+
+@dataclass(frozen=True, slots=True)
 class Equations:
     """The parameters in the order declared, and W', b', x', y' where they are given.
 
     weight [out, in], bias [out], input [tokens, in], output [tokens, out]; None where the site's
     own stays as it is. In `output` x is the input as `input` gives it.
     joins: whether weight comes of a product with y, which mixes rows that groups keep apart.
+    start: what W begins as, where a method says so.
+    changes: what arguments become when the shares in them are known.
     """
 
     parameters: tuple[Parameter, ...]
@@ -112,3 +135,6 @@ class Equations:
     input: Expr | None = None
     output: Expr | None = None
     joins: bool = False
+    start: Expr = WEIGHT
+    changes: tuple[tuple[str, Size], ...] = ()
+    shares: tuple[Share, ...] = ()

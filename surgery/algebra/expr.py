@@ -131,6 +131,7 @@ def depends_on(root: Expr, leaf: Expr) -> bool:
 
 _SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/", "matmul": "@"}
 _NAMES = {"weight": "W", "bias": "b", "merged": "W'", "x": "x", "y": "y", "x0": "x0", "zeros": "0"}
+_SEEN = {"comoment": "comoment(x)", "moment": "moment(x)", "gradient": "gradient(W)"}
 _LONGEST = 400
 
 
@@ -154,6 +155,8 @@ def _rendered(expr: Expr, texts: list[str]) -> str:
         return expr.text("name")
     if expr.op in _NAMES:
         return _NAMES[expr.op]
+    if expr.op in _SEEN:
+        return _SEEN[expr.op]
     operands = [
         f"({t})" if a.op in _SIGNS or a.op == "neg" else t
         for t, a in zip(texts, expr.args, strict=True)

@@ -9,6 +9,8 @@ from surgery.algebra.axes import Size
 from surgery.algebra.expr import Attribute, Expr
 from surgery.algebra.shapes import axis_sizes, slice_bounds
 
+MOST_TERMS = 100
+
 Hidden = Iterator[tuple[Size, int]]
 """Sizes, and the least that each may be."""
 
@@ -49,6 +51,12 @@ def _chosen(expr: Expr, k: Attribute) -> Hidden:
     yield expr.shape[-1] - cast(Size, k), 0
 
 
+def _counted(expr: Expr, terms: Attribute) -> Hidden:
+    """How many powers are added; each is a product."""
+    yield cast(Size, terms), 0
+    yield MOST_TERMS - cast(Size, terms), 0
+
+
 def _halves(expr: Expr) -> Hidden:
     """The halves of what is turned, and their number."""
     group = cast(Size, expr.attr("size"))
@@ -74,9 +82,11 @@ _OF_ATTRIBUTES: Mapping[str, Callable[[Expr, Attribute], Hidden]] = {
     "bounds": _rests,
     "rank": _beyond,
     "k": _chosen,
+    "terms": _counted,
 }
 _OF_OPERATORS: Mapping[str, Callable[[Expr], Hidden]] = {
     "rotate_half": _halves,
     "orthonormal": _rows_left,
+    "qr": _rows_left,
     "butterfly": _flown,
 }

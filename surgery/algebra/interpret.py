@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from surgery.algebra.applying import Vector
 from surgery.algebra.axes import Scalar, evaluate
+from surgery.algebra.chance import drawn, dropped
 from surgery.algebra.cost import apply_cost, cheapest, numbers, value_cost
 from surgery.algebra.derive import Derived, Merged
 from surgery.algebra.equations import Equations
@@ -30,6 +31,7 @@ from surgery.algebra.expr import (
     number,
     walk,
 )
+from surgery.algebra.observed import LEAVES
 from surgery.algebra.ops import OPS, through
 from surgery.algebra.rules import constant, make, substitute
 from surgery.algebra.sums import difference, vanishes
@@ -81,7 +83,7 @@ class Domain:
 
 
 _MOST_STEPS = 5000
-_LEAVES = frozenset({"parameter", "weight", "bias", "merged", "witness"})
+_LEAVES = frozenset({"parameter", "weight", "bias", "merged", "witness", *LEAVES})
 
 
 class Evaluator:
@@ -156,7 +158,7 @@ class Interpreter(Evaluator):
             raise Unlowerable("y is made group by group here, and a matrix would mix the groups")
         if derived.beside:
             return self._mixed(derived, vector)
-        if derived.merged is None or _random(derived.merged.bias):
+        if derived.merged is None or derived.noisy or _random(derived.merged.bias):
             return self._activation_equations(derived.equations, vector)[OUTPUT].tensor
         return self._weights(derived.merged, vector).tensor
 
@@ -251,9 +253,13 @@ class Interpreter(Evaluator):
         scaled = self.port.scale_channels(v.tensor, self.value(factors.args[0]))
         return replace(v, tensor=scaled, changed=True)
 
-    def drop(self, probability: float, v: Vector) -> Vector:
+    def drop(self, probability: float, together: str, v: Vector) -> Vector:
         """Dropout of the elements of v; of whole one-hot vectors where v is an index."""
         v = self._settled(v)
+        if together != "tokens":
+            v = self._plain(v)
+            tensor = dropped(v.tensor, probability, together, self.port.training())
+            return replace(v, tensor=tensor)
         if not v.raw or self.port.form != "indices":
             v = self.features(v) or v
             return replace(v, tensor=F.dropout(v.tensor, probability, self.port.training()))
@@ -360,6 +366,9 @@ class Interpreter(Evaluator):
                 if scaled is None:
                     raise Unlowerable("x is read in patches here, and cannot be scaled by element")
                 return scaled
+            case "noise":
+                deviation = self._operand(expr.args[0], known)
+                return replace(deviation, tensor=drawn(deviation.tensor, self.port.training()))
             case _:
                 operands = [self._operand(a, known) for a in expr.args]
                 split = {

@@ -49,7 +49,9 @@ def mixed(terms: Terms, has_bias: bool) -> Derived:
 
 def _runs(derived: Derived) -> bool:
     """Whether the merged weight and bias are what a forward applies."""
-    return derived.merged is not None and not any(e.op == "drop" for e in walk(derived.merged.bias))
+    if derived.merged is None or derived.noisy:
+        return False
+    return not any(e.op == "drop" for e in walk(derived.merged.bias))
 
 
 def _parameters(equations: Iterable[Equations]) -> tuple[Parameter, ...]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from surgery.algebra import applying, rotations, shapes, undoing, values
+from surgery.algebra import applying, chance, rotations, rounding, shapes, undoing, values
 from surgery.algebra.applying import Applier, Vector
 from surgery.algebra.expr import Attribute, Expr
 from surgery.algebra.expr import Shape as Symbolic
@@ -72,6 +72,10 @@ def _matmul_work(shape: Shape, arguments: Shapes) -> int:
 
 def _inverse_work(shape: Shape, arguments: Shapes) -> int:
     return 2 * prod(shape) * shape[-1]
+
+
+def _powers_work(shape: Shape, arguments: Shapes) -> int:
+    return prod(shape) * shape[-1]
 
 
 def _factorisation_work(shape: Shape, arguments: Shapes) -> int:
@@ -141,6 +145,7 @@ class Op:
     work: multiplications to make the value, from the sizes of the result and the arguments.
     apply_work: multiplications a token of `apply` itself, from the same sizes.
     begins: whether it stands in beginnings alone, being no work for a forward.
+    times: the constant that says how often `work` is done; "" for once.
     """
 
     name: str
@@ -155,6 +160,7 @@ class Op:
     work: Work = _elements
     apply_work: Work = _rows
     begins: bool = False
+    times: str = ""
 
 
 def _elementwise(name: str, function: Callable[[Tensor], Tensor]) -> Op:
@@ -243,6 +249,15 @@ _ROWS: tuple[Op, ...] = (
     Op("skew", shapes.skew, values.skew, None, None, ("tensor", "size")),
     Op("cayley", shapes.square, values.cayley, None, None, _T, work=_inverse_work),
     Op(
+        "neumann",
+        shapes.square,
+        rotations.neumann,
+        spelled=("tensor", "terms"),
+        work=_powers_work,
+        times="terms",
+    ),
+    Op("noise", shapes.noise, chance.noise, spelled=_T, tokenwise=True),
+    Op(
         "rotate_half",
         shapes.rotate_half,
         values.rotate_half,
@@ -265,6 +280,7 @@ _ROWS: tuple[Op, ...] = (
     ),
     Op("reflectors", shapes.transpose, rotations.reflectors, work=_gram_work),
     Op("orthonormal", shapes.orthonormal, rotations.orthonormal, None, None, _T, work=_gram_work),
+    Op("qr", shapes.orthonormal, rotations.qr, None, None, _T, work=_gram_work),
     Op(
         "butterfly",
         shapes.butterfly,
@@ -278,9 +294,15 @@ _ROWS: tuple[Op, ...] = (
     _factor("left_singular", shapes.some_columns, values.left_singular),
     _factor("least_left_singular", shapes.some_columns, values.least_left_singular),
     _factor("singular_values", shapes.some, values.singular_values),
+    _factor("svd_left", shapes.some_columns, values.svd_left),
+    _factor("svd_values", shapes.some, values.svd_values),
+    _factor("svd_right", shapes.some_rows, values.svd_right),
     _factor("right_singular", shapes.some_rows, values.right_singular),
     _factor("qr_q", shapes.some_columns, values.qr_q),
     _factor("qr_r", shapes.some_rows, values.qr_r),
+    Op("nf4", shapes.transformed, rounding.nf4, spelled=_T, begins=True),
+    Op("int8", shapes.transformed, rounding.int8, spelled=_T, begins=True),
+    Op("trace", shapes.traced, values.trace, spelled=_T, work=_nothing),
     Op("rearrange", shapes.rearrange, values.layout("rearrange"), None, undoing.rearrange),
     Op("repeat", shapes.repeat, values.layout("repeat")),
     Op("reduce", shapes.reduce, values.layout("reduce")),

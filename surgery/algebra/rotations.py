@@ -49,6 +49,15 @@ def _unnarrowed(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False)
 
 
+def neumann(facts: Facts, q: Tensor) -> Tensor:
+    """I + Q + Q² + … + Q^terms of [..., n, n]: what (I - Q)^-1 begins with."""
+    one = q.new_ones((facts.shape[-1],)).diag()
+    total = one.expand(facts.shape)
+    for _ in range(facts.integer("terms")):
+        total = one + torch.matmul(q, total)
+    return total
+
+
 def householder(facts: Facts, u: Tensor) -> Tensor:
     """I - 2 u uᵀ / |u|² of [n]; of [n, r] the product of its columns' reflections, as [n, n]."""
     if len(facts.arguments[0]) == 1:
@@ -80,6 +89,15 @@ def _orthonormal(u: Tensor) -> Tensor:
     q, r = _linalg.qr(u.to(wide_dtype(u)))
     signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
     return (q * signs.unsqueeze(-2)).to(u.dtype)
+
+
+def qr(facts: Facts, u: Tensor) -> Tensor:
+    """Q of u = Q R for [n, r], r ≤ n, with the signs that reflections leave and torch gives."""
+    return called(_qr, u)
+
+
+def _qr(u: Tensor) -> Tensor:
+    return _linalg.qr(u.to(wide_dtype(u)))[0].to(u.dtype)
 
 
 # ---------------------------------------------------------------------------------- butterflies

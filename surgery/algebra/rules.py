@@ -235,6 +235,9 @@ _TRANSPOSES: dict[str, Rule] = {
     "cayley": _transposed_cayley,  # C(Q)ᵀ = C(-Q), if Qᵀ = -Q
     "neg": lambda a: make("neg", make("transpose", a.args[0])),  # (-a)ᵀ = -(aᵀ)
     "blockdiag": lambda a: make("blockdiag", make("transpose", a.args[0])),  # blockwise
+    "neumann": lambda a: make(
+        "neumann", make("transpose", a.args[0]), terms=a.attr("terms")
+    ),  # power by power
     "kron": lambda a: make("kron", *(make("transpose", x) for x in a.args)),  # aᵀ ⊗ bᵀ
     "matmul": _transposed_product,  # (a @ b)ᵀ = bᵀ @ aᵀ
     "scale_rows": lambda a: make("scale_cols", a.args[0], make("transpose", a.args[1])),

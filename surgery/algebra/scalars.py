@@ -36,7 +36,12 @@ Decide = Callable[[ast.Expression], bool]
 CONSTANTS: Mapping[str, Value] = {"pi": 3.141592653589793, "null": None}
 SCALAR_FUNCTIONS = frozenset(FUNCTIONS) - {"mod", "pow", "reciprocal"}
 _MANY = 1000
-_COUNTS: Mapping[str, tuple[int, int]] = {"min": (2, _MANY), "max": (2, _MANY), "divisor": (2, 2)}
+_COUNTS: Mapping[str, tuple[int, int]] = {
+    "min": (2, _MANY),
+    "max": (2, _MANY),
+    "divisor": (2, 2),
+    "at_most": (2, 2),
+}
 """How many arguments a function takes, at least and at most; one, if it is not listed."""
 
 _ARITHMETIC: Mapping[str, Callable[[Any, Any], Any]] = {
@@ -319,13 +324,13 @@ def typed(value: object, wanted: ast.ValueType, name: str, span: Span) -> object
     if isinstance(found, Open) and found.type in (None, wanted):
         return found
     if isinstance(found, int | float) and not abs(found) < 2**MAX_BITS:
-        refuse("E119", f"`{name}` is {_shown(found)}", span, label="a finite number is needed")
+        refuse("E119", f"`{name}` is {shown(found)}", span, label="a finite number is needed")
     if isinstance(found, _TYPES[wanted]) and isinstance(found, bool) is (wanted == "bool"):
         return float(cast(float, found)) if wanted == "float" else found
     article = "an" if wanted == "int" else "a"
     refuse(
         "E119",
-        f"`{name}` is {article} {wanted}, and {_shown(found)} is {kind(found)}",
+        f"`{name}` is {article} {wanted}, and {shown(found)} is {kind(found)}",
         span,
         hint=_EXAMPLES[wanted],
     )
@@ -339,7 +344,8 @@ _EXAMPLES: Mapping[ast.ValueType, str] = {
 }
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A value as a spec writes it."""
     match value:
         case None | bool():
             return {None: "null", True: "true", False: "false"}[value]

@@ -74,6 +74,20 @@ def square(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
     return shape
 
 
+def noise(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
+    """The argument's own shape, that of an activation."""
+    if not activation(args[0]):
+        shown = show(args[0].shape)
+        raise Mismatch(f"noise is for what varies from token to token, and {shown} does not")
+    return args[0].shape
+
+
+def traced(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
+    """Of a square matrix [n, n] a number."""
+    rank(args[0], 2)
+    return square(args, attrs)[:-2]
+
+
 def rank_at_least(arg: Expr, rank: int) -> Shape:
     """The shape, if it has at least so many axes."""
     if len(arg.shape) < rank:

@@ -8,7 +8,8 @@ from typing import cast
 
 from surgery.algebra import scalars
 from surgery.algebra.axes import Scalar, Size, size
-from surgery.algebra.equations import SITE, SIZES
+from surgery.algebra.chance import TOGETHER
+from surgery.algebra.equations import FACTS, SITE, SIZES
 from surgery.algebra.expr import CHANNELS, IN, Attribute, Expr, number
 from surgery.algebra.ops import OPS
 from surgery.algebra.rules import make
@@ -16,6 +17,9 @@ from surgery.algebra.scalars import Open, Scalars, as_number, guarded, kind, unk
 from surgery.algebra.shapes import Mismatch, activation, show
 from surgery.errors import Span, refuse
 from surgery.language import syntax as ast
+
+ACTIVATIONS = ("gelu", "relu", "sigmoid", "silu", "tanh")
+"""The elementwise functions that an argument may name."""
 
 MAX_DEPTH = 100
 """No equation nests deeper, its `let`s written out."""
@@ -34,6 +38,7 @@ class _Drop:
     """`drop(p)`, waiting for the size of the matrix beside it."""
 
     probability: Size
+    together: str = TOGETHER[0]
 
 
 DROP_HINT = "write it beside @, in a product that is applied: `B @ A @ drop(p)`"
@@ -59,7 +64,7 @@ class Tensors(Scalars):
         self, arguments: Mapping[str, object], decide: scalars.Decide = scalars.undecided
     ) -> None:
         """Evaluate over a method's arguments and the site's names; see `Scalars`."""
-        self.scope: dict[str, object] = {**SIZES, **SITE, **arguments}
+        self.scope: dict[str, object] = {**SIZES, **SITE, **FACTS, **arguments}
         self.drops: dict[Expr, Span] = {}
         super().__init__(self.scope, decide)
 
@@ -130,7 +135,10 @@ class Tensors(Scalars):
         return self.build(expr, "matmul", a, b)
 
     def _dropped(self, expr: ast.Expression, drop: _Drop, length: Size) -> Expr:
-        made = self.build(expr, "drop", size=length, p=drop.probability)
+        attrs: dict[str, Attribute] = {"size": length, "p": drop.probability}
+        if drop.together != TOGETHER[0]:
+            attrs["together"] = drop.together
+        made = self.build(expr, "drop", **attrs)
         self.drops[made] = expr.span
         return made
 
@@ -272,7 +280,10 @@ def _rows_of(op: str) -> Callable[[Tensors, ast.Call], object]:
 
 
 def _drop_of(self: Tensors, expr: ast.Call) -> object:
-    place = _only(expr)
+    if len(expr.arguments) not in (1, 2) or expr.keywords:
+        hint = 'drop(p) or drop(p, "rows") is what is meant'
+        refuse("E104", "drop() takes a part and what is dropped together", expr.span, hint=hint)
+    (place, *rest), together = expr.arguments, TOGETHER[0]
     probability = self.size(place)
     if probability.number is not None and not 0 <= probability.number < 1:
         refuse(
@@ -281,7 +292,13 @@ def _drop_of(self: Tensors, expr: ast.Call) -> object:
             place.span,
             hint="drop a part from 0 to less than 1",
         )
-    return _Drop(probability)
+    for named in rest:
+        together = str(self(named))
+        if together not in TOGETHER:
+            listed = ", ".join(f'"{name}"' for name in TOGETHER)
+            message = f"`{named.span.text}` is nothing that is dropped together"
+            refuse("E111", message, named.span, hint=f"there are: {listed}")
+    return _Drop(probability, together)
 
 
 def _layout_of(self: Tensors, expr: ast.Call) -> object:
@@ -311,13 +328,38 @@ def _concat_of(self: Tensors, expr: ast.Call) -> object:
     return self.build(expr, "concat", *(self.tensor(a) for a in expr.arguments), axis=axis)
 
 
+def _activation_of(self: Tensors, expr: ast.Call) -> object:
+    """`activation(A, "gelu")`: the elementwise function that a text names."""
+    match expr.arguments:
+        case (tensor, text) if not expr.keywords:
+            return self.build(expr, _activation(self, text), self.tensor(tensor))
+        case _:
+            form = 'activation(A, "relu") is what is meant'
+            refuse("E104", "activation() takes a tensor and a text", expr.span, hint=form)
+
+
+def _activation(self: Tensors, text: ast.Expression) -> str:
+    chosen = self(text)
+    if isinstance(chosen, Open) and chosen.type == "text":
+        return ACTIVATIONS[0]  # each has the same shape, and the text will be known at a site
+    if isinstance(chosen, str) and chosen in ACTIVATIONS:
+        return chosen
+    refuse(
+        "E111",
+        f"{scalars.shown(chosen)} is no activation that is known",
+        text.span,
+        label=scalars.did_you_mean(chosen, ACTIVATIONS) if isinstance(chosen, str) else "",
+        hint=f"there are: {', '.join(ACTIVATIONS)}",
+    )
+
+
 def _only(expr: ast.Call) -> ast.Expression:
     if len(expr.arguments) != 1 or expr.keywords:
         refuse(
             "E104",
             f"{expr.function}() takes one argument",
             expr.span,
-            hint=_form(expr, ("M" if expr.function != "drop" else "p",)),
+            hint=_form(expr, ("M",)),
         )
     return expr.arguments[0]
 
@@ -330,6 +372,7 @@ _SUGAR: Mapping[str, Callable[[Tensors, ast.Call], object]] = {
     "repeat": _layout_of,
     "reduce": _layout_of,
     "concat": _concat_of,
+    "activation": _activation_of,
 }
 _FUNCTIONS = frozenset(
     {*(n for n, o in OPS.items() if o.spelled is not None), *_SUGAR, *scalars.SCALAR_FUNCTIONS}

@@ -123,6 +123,11 @@ def eye(facts: Facts) -> Tensor:
     return facts.anchor.new_ones((facts.shape[0],)).diag()
 
 
+def trace(facts: Facts, a: Tensor) -> Tensor:
+    """The sum of the diagonal of [n, n]."""
+    return a.diagonal(0, -2, -1).sum(-1)
+
+
 def zeros(facts: Facts) -> Tensor:
     """Zeros of any shape."""
     return facts.anchor.new_zeros(facts.shape)
@@ -239,6 +244,7 @@ def unit(u: Tensor) -> Tensor:
 # Several parameters begin with parts of one factorisation, which is computed once for a tensor.
 _FACTORED: dict[str, MutableMapping[Tensor, tuple[Tensor, ...]]] = {
     "svd": WeakIdKeyDictionary(),
+    "torch": WeakIdKeyDictionary(),
     "qr": WeakIdKeyDictionary(),
 }
 
@@ -251,6 +257,11 @@ def _svd(a: Tensor) -> tuple[Tensor, ...]:
     return u * signs, s, signs.unsqueeze(-1) * v
 
 
+def _torch_svd(a: Tensor) -> tuple[Tensor, ...]:
+    """U, S and Vᵀ of [m, n] as torch gives them in float32."""
+    return tuple(part.to(a.dtype) for part in _linalg.svd(a.float(), full_matrices=False))
+
+
 def _qr(a: Tensor) -> tuple[Tensor, ...]:
     """Q and R of [m, n]; no element of R's diagonal is below 0."""
     q, r = _linalg.qr(a)
@@ -261,7 +272,7 @@ def _qr(a: Tensor) -> tuple[Tensor, ...]:
 def _factored(name: str, a: Tensor) -> tuple[Tensor, ...]:
     known = _FACTORED[name]
     if a not in known:
-        known[a] = {"svd": _svd, "qr": _qr}[name](a)
+        known[a] = {"svd": _svd, "torch": _torch_svd, "qr": _qr}[name](a)
     return known[a]
 
 
@@ -274,6 +285,21 @@ def least_left_singular(facts: Facts, a: Tensor) -> Tensor:
     """[m, n] to [m, rank]: those of the least of the min(m, n) singular values."""
     u, rank = _factored("svd", a)[0], facts.integer("rank")
     return u.narrow(1, u.shape[1] - rank, rank)
+
+
+def svd_left(facts: Facts, a: Tensor) -> Tensor:
+    """[m, n] to [m, rank]: the left singular vectors, with torch's own signs, in float32."""
+    return _factored("torch", a)[0].narrow(1, 0, facts.integer("rank"))
+
+
+def svd_values(facts: Facts, a: Tensor) -> Tensor:
+    """[m, n] to [rank]: the largest singular values, falling, in float32."""
+    return _factored("torch", a)[1].narrow(0, 0, facts.integer("rank"))
+
+
+def svd_right(facts: Facts, a: Tensor) -> Tensor:
+    """[m, n] to [rank, n]: the right singular vectors, with torch's own signs, in float32."""
+    return _factored("torch", a)[2].narrow(0, 0, facts.integer("rank"))
 
 
 def singular_values(facts: Facts, a: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import surgery
+from surgery.cli import folders
 from surgery.cli.inputs import (
     check_output,
     check_program,
@@ -354,3 +355,9 @@ def _run(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object
             f"the model does not run on example inputs ({asked}): {error}",
             hint="call surgery.verify(spec, model, forward) in Python, with inputs of your own",
         )
+
+
+# ------------------------------------------------------------------------------------ folders
+
+app.command()(folders.convert)
+app.command(name="import")(folders.import_)

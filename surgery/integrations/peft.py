@@ -6,7 +6,7 @@ arguments come from the config, and whatever in it is not understood is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from math import prod
@@ -23,29 +23,24 @@ from surgery.errors import Diagnostic, Report, Source, Span, refuse
 from surgery.integrations.peft_modules import (
     FIELD,
     copied_modules,
+    marked_keys,
     of_copies,
     plain_keys,
     saved_modules,
+    trained_biases,
     understood,
 )
+from surgery.integrations.peft_sites import Named, named_sites
+from surgery.integrations.peft_tokens import of_rows, rows_alone, whole_tables
 from surgery.language import syntax as ast
 from surgery.language.library import Library
 from surgery.mapping import StateDictMapping, mapping_of
-from surgery.mapping.fields import (
-    ConfigFile,
-    ConfigReader,
-    Found,
-    constant,
-    form_of,
-    same,
-    shown,
-    unknown_fields,
-)
-from surgery.mapping.fields import Value as ValueForm
+from surgery.mapping.fields import ConfigFile, ConfigReader, unknown_fields
+from surgery.mapping.forms import Biases, constant, form_of, same, shown
+from surgery.mapping.forms import Value as ValueForm
+from surgery.mapping.seats import multiplied, seats_of
 from surgery.mapping.spelling import dialect_of, rows_of
 from surgery.model.holder import ADAPTERS
-from surgery.model.inventory import survey
-from surgery.model.layers import KINDS
 from surgery.plan import Assignment, plan_assignments
 from surgery.planned import Plan
 from surgery.store import TensorFile, read_json, read_tensors, read_text
@@ -81,19 +76,20 @@ def read_peft(directory: Path, model: nn.Module) -> Loaded:
     config = ConfigFile(read_json(path), Span(source, 0, 1))
     file = _tensors(directory)
     library = Library.standard()
-    if of_copies(config):
-        return _read_copies(config, file, model, library)
+    file, tables = whole_tables(config, file, model)
+    if of_copies(config) or of_rows(config):
+        return _read_copies(config, file, model, library, tables)
     base = _base_keys(file, model)
-    copies = saved_modules(config, base, model)
-    base = {key: name for key, name in base.items() if name not in copies}
-    nothing = {k for k, shape in file.shapes.items() if not prod(shape)}
-    known = {*base, *nothing}
-    adapter = [k for k in file.shapes if k not in known and _base_name(k) not in copies]
+    copies = saved_modules(config, base, model) | tables
+    passed = {k for k, shape in file.shapes.items() if not prod(shape)} | set(_doubled(file, base))
+    adapter = [k for k in file.shapes if k not in base and k not in passed]
     chosen = _choose(library, config, adapter, model)
     span = config.span("peft_type")
     _check_apart(chosen.sites, copies, config)
+    copies |= _biases(chosen, config, base, model)
+    base = {key: name for key, name in base.items() if name not in copies}
     assignments = (
-        *(Assignment(p, (Link(chosen.method, a),), span) for p, a in chosen.sites.items()),
+        *(Assignment(s.path, (Link(chosen.method, a),), span, s.at) for s, a in chosen.sites),
         *copies.values(),
     )
     resolved = _resolved(config, library)
@@ -101,7 +97,8 @@ def read_peft(directory: Path, model: nn.Module) -> Loaded:
     _check_meaning(chosen.fmt, plan)
     _check_base(file, model, base)
     mapping = mapping_of(plan, formats=lambda method: (chosen.fmt,))
-    tensors = taken(mapping, file, NAME, {*known, *_repeats(file, mapping, plan)})
+    tensors = taken(mapping, file, NAME, {*base, *passed, *_repeats(file, mapping, plan)})
+    _check_numbers(mapping, tensors)
     return Loaded(resolved, assignments, tensors, DEFAULT_ADAPTER)
 
 
@@ -111,27 +108,78 @@ def _resolved(config: ConfigFile, library: Library) -> Resolved:
 
 
 def _read_copies(
-    config: ConfigFile, file: TensorFile, model: nn.Module, library: Library
+    config: ConfigFile,
+    file: TensorFile,
+    model: nn.Module,
+    library: Library,
+    tables: dict[str, Assignment],
 ) -> Loaded:
-    """An adapter that is copies of whole modules and nothing else. Raises as `read_peft` does."""
-    file = plain_keys(config, file)
+    """An adapter that is copies of whole modules and nothing else. Raises as `read_peft` does.
+
+    tables: those that are made of rows.
+    """
+    file = plain_keys(file)
     base = _base_keys(file, model)
-    copies = copied_modules(config, base, model, INFORMATIVE)
+    if of_rows(config):
+        copies = rows_alone(config, tables, INFORMATIVE)
+    else:
+        copies = copied_modules(config, base, model, INFORMATIVE)
     rest = {key: name for key, name in base.items() if name not in copies}
     _check_base(file, model, rest)
     resolved, assignments = _resolved(config, library), tuple(copies.values())
     plan = plan_assignments(resolved, model, assignments, DEFAULT_ADAPTER)
-    tensors = taken(mapping_of(plan), file, NAME, rest)
+    mapping = mapping_of(plan)
+    tensors = taken(mapping, marked_keys(mapping, file), NAME, rest)
+    _check_numbers(mapping, tensors)
     return Loaded(resolved, assignments, tensors, DEFAULT_ADAPTER)
 
 
+def _biases(
+    chosen: _Candidate, config: ConfigFile, base: Mapping[str, str], model: nn.Module
+) -> dict[str, Assignment]:
+    """The biases that the config says were trained, by their names in the base."""
+    for item in chosen.fmt.fields:
+        if isinstance(form_of(item), Biases):
+            paths = {site.path for site, _ in chosen.sites}
+            return trained_biases(config, item.name, paths, base, model)
+    return {}
+
+
+def _doubled(file: TensorFile, base: Mapping[str, str]) -> Iterator[str]:
+    """The keys that copies of whole modules have once more, where all biases were asked for."""
+    for key in file.shapes.keys() - base.keys():
+        for mark in (f".{FIELD}.", ".original_module."):
+            path, _, name = key.rpartition(mark)
+            # The name of the adapter may stand between the two.
+            if path and not base.keys().isdisjoint((f"{path}.{name}", _without_first(path, name))):
+                yield key
+
+
+def _without_first(path: str, name: str) -> str:
+    return f"{path}.{name.partition('.')[2]}"
+
+
+def _check_numbers(mapping: StateDictMapping, tensors: Mapping[str, Tensor]) -> None:
+    """E518 for every tensor that has something else than numbers."""
+    report = Report()
+    for row in mapping.rows:
+        tensor = tensors.get(row.adapted)
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            count = int((~torch.isfinite(tensor)).sum())
+            message = (
+                f"`{row.key(NAME)}` has {count} of {tensor.numel()} values that are no numbers"
+            )
+            report.error("E518", message, hint="its training diverged; take an earlier checkpoint")
+    report.stop()
+
+
 def _check_apart(
-    sites: Mapping[str, Arguments], copies: Mapping[str, Assignment], config: ConfigFile
+    sites: Sequence[tuple[Named, Arguments]], copies: Mapping[str, Assignment], config: ConfigFile
 ) -> None:
     """E516 for a layer that has an adapter and is replaced as a whole as well."""
-    report = Report()
+    report, paths = Report(), {site.path for site, _ in sites}
     for copy in copies.values():
-        if copy.path in sites and copy.at.parameter == "weight":
+        if copy.path in paths and copy.at.parameter == "weight":
             message = f"`{copy.path}` has an adapter, and is one of the modules to save as well"
             hint = "take it out of one of the two"
             report.error("E516", message, config.span(FIELD), hint=hint)
@@ -152,8 +200,10 @@ def _tensors(directory: Path) -> TensorFile:
 def _check_meaning(fmt: ast.Format, plan: Plan) -> None:
     """E516 for every site at which peft's tensors mean something else than the method's."""
     report = Report()
-    for site in plan.sites:
-        if not site.site.at.tensor and isinstance(rows_of(fmt, site.form), str):
+    seats = seats_of(plan.sites, dialect_of(NAME))
+    for site, seat in zip(plan.sites, seats, strict=True):
+        rows = {} if site.site.at.tensor else rows_of(fmt, site.form, seat.joint is not None)
+        if isinstance(rows, str):
             sizes = site.form.sizes
             report.error(
                 "E516",
@@ -226,7 +276,7 @@ class _Candidate:
 
     fmt: ast.Format
     method: ast.Method
-    sites: Mapping[str, Arguments]
+    sites: tuple[tuple[Named, Arguments], ...]
     bound: int
     problems: tuple[Diagnostic, ...]
 
@@ -281,34 +331,16 @@ def _candidate(
             config.source,
             hint=f"their keys have {', '.join(sorted({f'`{row.key}`' for row in fmt.tensors}))}",
         )
-    sites: dict[str, Arguments] = {}
+    sites: list[tuple[Named, Arguments]] = []
     bound = 0
-    reader = ConfigReader(fmt, method, config)
-    for path, found in _read_sites(reader, paths, model, report):
+    named = [*named_sites(paths, dialect_of(NAME).around, config, model, report)]
+    reader = ConfigReader(fmt, method, config, [site.named for site in named])
+    for site in named:
+        found = reader.read(site.named, site.kind)
         report.extend(found.problems)
-        sites[path] = found.arguments
+        sites.append((site, multiplied(found.arguments, site.times)))
         bound = max(bound, len(found.bound))
-    return _Candidate(fmt, method, sites, bound, tuple(report.found))
-
-
-def _read_sites(
-    reader: ConfigReader, paths: Set[str], model: nn.Module, report: Report
-) -> Iterator[tuple[str, Found]]:
-    """What the config says at each path, in module order; paths that are no site are reported."""
-    entries = {entry.path: entry for entry in survey(model).entries}
-    for path in sorted(paths - entries.keys()):
-        near = get_close_matches(path, entries, 1)
-        hint = f"the nearest is `{near[0]}`" if near else "it was made for another model"
-        report.error("E516", f"the model has no module `{path}`", hint=hint)
-    for path, entry in entries.items():
-        if path not in paths:
-            continue
-        if entry.kind is None:
-            name = type(entry.module).__name__
-            hint = f"known are {', '.join(kind.name for kind in KINDS)}"
-            report.error("E516", f"`{path}` is a {name}, which has no known kind", hint=hint)
-        else:
-            yield path, reader.read(path, entry.kind.name)
+    return _Candidate(fmt, method, tuple(sites), bound, tuple(report.found))
 
 
 def _path(fmt: ast.Format, key: str) -> str | None:

@@ -6,7 +6,7 @@ text does, and the file has the state of each under the names that the base has 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from difflib import get_close_matches
 from functools import partial
 from typing import cast
@@ -15,8 +15,12 @@ from torch import nn
 
 from surgery.arguments import Link
 from surgery.errors import Report
+from surgery.integrations.peft_tokens import BESIDE
 from surgery.language.library import trained
+from surgery.mapping import StateDictMapping
+from surgery.mapping.copies import ALL_BIASES, BIAS, NO_BIASES, heads_of
 from surgery.mapping.fields import ConfigFile, unknown_values
+from surgery.mapping.forms import shown
 from surgery.mapping.spelling import dialect_of
 from surgery.model.inventory import Inventory, joined, survey
 from surgery.model.parts import ParameterSlice
@@ -29,8 +33,8 @@ FIELD = "modules_to_save"
 
 
 def understood(config: ConfigFile) -> tuple[str, ...]:
-    """The field, if it says what it can say."""
-    return () if _names(config) is None else (FIELD,)
+    """The fields that are read here and with rows of tables, if they say what they can say."""
+    return (BESIDE,) if _names(config) is None else (FIELD, BESIDE)
 
 
 def _names(config: ConfigFile) -> list[str] | None:
@@ -41,21 +45,31 @@ def _names(config: ConfigFile) -> list[str] | None:
     return cast("list[str]", names) if all(isinstance(n, str) and n for n in names) else None
 
 
-# Adapters that are copies of whole modules and nothing else, by their kind, and what stands in
-# their keys between the path of a module and the name of its parameter.
-OF_COPIES = {"LN_TUNING": "ln_tuning_layers"}
 _KNOWN = ("peft_type", "target_modules", FIELD)
 
 
 def of_copies(config: ConfigFile) -> bool:
     """Whether a config is of an adapter that is copies of whole modules and nothing else."""
-    return config.values.get("peft_type") in OF_COPIES
+    copies = dialect_of("peft").copies
+    return copies is not None and config.values.get("peft_type") == copies[0]
 
 
-def plain_keys(config: ConfigFile, file: TensorFile) -> TensorFile:
+def plain_keys(file: TensorFile) -> TensorFile:
     """The file of such an adapter with its copies under the keys that the base has for them."""
-    mark = f".{OF_COPIES[str(config.values['peft_type'])]}."
+    mark = _mark()
     return file.renamed({key: key.replace(mark, ".") for key in file.shapes if mark in key})
+
+
+def marked_keys(mapping: StateDictMapping, file: TensorFile) -> TensorFile:
+    """The same with its copies under the keys that such an adapter has for them."""
+    keys = {key: key.replace(_mark(), ".") for row in mapping.rows if (key := row.key("peft"))}
+    return file.renamed({base: key for key, base in keys.items() if base in file.shapes})
+
+
+def _mark() -> str:
+    """What stands in keys between the path of a copied module and the name of its parameter."""
+    copies = dialect_of("peft").copies
+    return "" if copies is None else f".{copies[1]}."
 
 
 def copied_modules(
@@ -96,7 +110,7 @@ def saved_modules(
     inventory = survey(model)
     for name in _names(config) or ():
         some = dict(_copies(partial(_ends, name), inventory, config))
-        if not some:
+        if not some and name not in heads_of(config.get("task_type")):
             near = get_close_matches(name, [e.path for e in inventory.entries], 1)
             hint = f"did you mean `{near[0]}`?" if near else "it was made for another model"
             message = f"the model has no module `{name}` with parameters"
@@ -109,12 +123,36 @@ def saved_modules(
     return found
 
 
+def trained_biases(
+    config: ConfigFile, field: str, paths: Set[str], there: Mapping[str, str], model: nn.Module
+) -> dict[str, Assignment]:
+    """The copies of biases that a field of the config asks for, by their names in the base.
+
+    paths: of the modules that have adapters. there: as in `saved_modules`. Raises ArtifactError
+    (E518) for a bias that the file lacks.
+    """
+    stated, report = config.get(field, NO_BIASES), Report()
+    if stated == NO_BIASES:
+        return {}
+    every = dict(_copies(lambda path: True, survey(model), config, field))
+    found = {
+        full: copy
+        for full, copy in every.items()
+        if copy.at.parameter == BIAS and (stated == ALL_BIASES or copy.path in paths)
+    }
+    for full in sorted(found.keys() - set(there.values())):
+        hint = f"the folder is not whole: `{field}` is {shown(stated)}"
+        report.error("E518", f"the tensors lack a copy of `{full}`", config.span(field), hint=hint)
+    report.stop()
+    return found
+
+
 def _ends(name: str, path: str) -> bool:
     return f"{dialect_of('peft').site}{path}".endswith(name)
 
 
 def _copies(
-    taken: Callable[[str], bool], inventory: Inventory, config: ConfigFile
+    taken: Callable[[str], bool], inventory: Inventory, config: ConfigFile, field: str = FIELD
 ) -> Iterator[tuple[str, Assignment]]:
     link = Link(trained(), ())
     for index, _, one in tensors(inventory, (Region(0),), "save"):
@@ -123,4 +161,4 @@ def _copies(
             full = joined(entry.path, one.at.parameter)
             tie = "untie" if full in inventory.ties else None
             at = ParameterSlice(one.at.parameter, bias="", tensor=True)
-            yield full, Assignment(entry.path, (link,), config.span(FIELD), at, tie)
+            yield full, Assignment(entry.path, (link,), config.span(field), at, tie)

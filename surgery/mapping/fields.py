@@ -1,150 +1,39 @@
-"""Config fields of a format as data, and one site's arguments read off a config.
-
-A field's value is an expression over the method's arguments or one of a few calls; `form_of` sorts
-them, and reading undoes what writing does.
-"""
+"""One site's arguments read off a config: reading undoes what writing does."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import assert_never
+from typing import assert_never, cast
 
 from surgery.algebra.scalars import Scalars, plain
 from surgery.check import Arguments, typed
 from surgery.errors import Diagnostic, Span, SurgeryError, refuse
 from surgery.language import syntax as ast
-from surgery.mapping.paths import kept, member, override
-
-
-@dataclass(frozen=True, slots=True)
-class Value:
-    """An expression over the method's arguments."""
-
-    expression: ast.Expression
-
-
-@dataclass(frozen=True, slots=True)
-class Sites:
-    """`sites()`, `sites(side == "in")`: the paths where a condition holds."""
-
-    condition: ast.Expression | None
-
-
-@dataclass(frozen=True, slots=True)
-class BySite:
-    """`by_site(r)`: path to value, where it is not the value of the argument's own field."""
-
-    argument: str
-
-
-@dataclass(frozen=True, slots=True)
-class OneOf:
-    """`one_of(a, b, reason = "…")`: the first is written, the others are read as well."""
-
-    values: tuple[object, ...]
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class KeptBySite:
-    """`kept_by_site(r, n, "E")`: path and key to which of `total` rows are kept, where not all.
-
-    argument: how many are.
-    """
-
-    argument: str
-    total: str
-    key: str
-
-
-@dataclass(frozen=True, slots=True)
-class Anything:
-    """`any()`, `any(1)`: of no consequence; not written, or always the one value."""
-
-    value: object = None
-
-
-Form = Value | Sites | BySite | KeptBySite | OneOf | Anything
-
-
-def form_of(item: ast.Field) -> Form:
-    """What kind of field it is. Raises DefinitionError (E104) for a call with wrong arguments."""
-    return _form(item.value)
-
-
-def _form(expression: ast.Expression) -> Form:
-    match expression:
-        case ast.Call("sites", ()):
-            return Sites(None)
-        case ast.Call("sites", (condition,)):
-            return Sites(condition)
-        case ast.Call("by_site", (ast.Name(id=name),)):
-            return BySite(name)
-        case ast.Call("kept_by_site", (ast.Name(id=name), ast.Name(id=total), ast.Text(value=key))):
-            return KeptBySite(name, total, key)
-        case ast.Call("any", () | (_,) as given):
-            return Anything(*map(constant, given))
-        case ast.Call("one_of", values, keywords) if values:
-            reasons = [k.value.value for k in keywords if isinstance(k.value, ast.Text)]
-            return OneOf(tuple(map(constant, values)), " ".join(reasons))
-        case ast.Call("sites" | "by_site" | "kept_by_site" | "any" | "one_of"):
-            refuse(
-                "E104",
-                "this is no way to call it",
-                expression.span,
-                hint="there are sites(…), by_site(ARGUMENT), kept_by_site(KEPT, ALL, KEY), any() "
-                "and one_of(VALUE, …)",
-            )
-        case _:
-            return Value(expression)
-
-
-def chosen(expression: ast.Expression, names: Mapping[str, object]) -> Value | OneOf:
-    """What a field's conditionals come to: an expression, or some values of which any will do."""
-    while isinstance(expression, ast.Conditional):
-        holds = Scalars(names).holds(expression.condition)
-        expression = expression.then if holds else expression.other
-    found = _form(expression)
-    return found if isinstance(found, OneOf) else Value(expression)
-
-
-def written(expression: ast.Expression, names: Mapping[str, object]) -> object:
-    """The value that a field is written with."""
-    match chosen(expression, names):
-        case OneOf(values, _):
-            return values[0]
-        case Value(leaf):
-            return Scalars(names)(leaf)
-
-
-def constant(expression: ast.Expression) -> object:
-    """The value of an expression without names. Raises DefinitionError."""
-    return plain(Scalars({})(expression))
-
-
-def default_of(item: ast.Field) -> object:
-    """What an absent field means; None where the format does not say."""
-    return None if item.default is None else constant(item.default)
-
-
-def holds_at(item: ast.Field, kind: str) -> bool:
-    """Whether a field has an effect at sites of a kind."""
-    return not item.kinds or kind in item.kinds
-
-
-def same(left: object, right: object) -> bool:
-    """Equal as a config's values are: `1` and `1.0` are, `1` and `true` are not."""
-    return left == right and isinstance(left, bool) is isinstance(right, bool)
-
-
-def shown(value: object) -> str:
-    """A value as a config file has it."""
-    import json
-
-    return json.dumps(value, default=str)
-
+from surgery.mapping.forms import (
+    Anything,
+    Biases,
+    BySite,
+    Form,
+    KeptBySite,
+    OneOf,
+    Parameters,
+    Sites,
+    Table,
+    Tied,
+    Value,
+    chosen,
+    constant,
+    default_of,
+    fields_of,
+    form_of,
+    gives,
+    holds_at,
+    same,
+    shown,
+)
+from surgery.mapping.paths import group, kept, member, override, within
 
 # ------------------------------------------------------------------------------------ reading
 
@@ -168,12 +57,34 @@ class ConfigFile:
     values: Mapping[str, object]
     source: Span = field(repr=False)
 
+    def get(self, name: str, default: object = None) -> object:
+        """The value of a field, or of one of a table as `table.field`."""
+        table, dot, inner = name.partition(".")
+        if not dot:
+            return self.values.get(name, default)
+        inside = self.values.get(table)
+        return (
+            cast("Mapping[str, object]", inside).get(inner, default)
+            if _is_table(inside)
+            else default
+        )
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a field is given."""
+        nothing = object()
+        return self.get(name, nothing) is not nothing
+
     def span(self, name: str) -> Span:
         """Where a field stands; the beginning of the file if it stands nowhere."""
+        name = name.rpartition(".")[2]
         found = re.search(rf'"{re.escape(name)}"\s*:\s*[^\n,]*', self.source.source.text)
         if found is None:
             return self.source
         return Span(self.source.source, found.start(), found.end())
+
+
+def _is_table(value: object) -> bool:
+    return isinstance(value, Mapping)
 
 
 class ConfigReader:
@@ -182,9 +93,19 @@ class ConfigReader:
     Sites of one kind for which the config says the same share their result.
     """
 
-    def __init__(self, fmt: ast.Format, method: ast.Method, config: ConfigFile) -> None:
-        """Sort the fields. Raises DefinitionError for a format statement that is wrong."""
-        self.fields = tuple((item, form_of(item)) for item in fmt.fields)
+    def __init__(
+        self,
+        fmt: ast.Format,
+        method: ast.Method,
+        config: ConfigFile,
+        order: Sequence[str] = (),
+    ) -> None:
+        """Sort the fields. Raises DefinitionError for a format statement that is wrong.
+
+        order: the paths of all sites as the model has them, for fields that tell by it.
+        """
+        self.order = tuple(order)
+        self.fields = tuple((item, form_of(item)) for item in fields_of(fmt))
         self.method = method
         self.config = config
         self._found: dict[str, Found] = {}
@@ -193,9 +114,9 @@ class ConfigReader:
         """The arguments at a site, as the config states them."""
         try:
             local = {
-                item.name: _at(path, form, self.config.values.get(item.name, default_of(item)))
+                item.name: self._at(path, form, self.config.get(item.name, default_of(item)))
                 for item, form in self.fields
-                if isinstance(form, BySite | KeptBySite | Sites)
+                if isinstance(form, BySite | KeptBySite | Sites | Tied)
             }
         except SurgeryError as error:
             return Found((), error.diagnostics)
@@ -204,19 +125,23 @@ class ConfigReader:
             self._found[key] = self._read(_Site(path, kind, local))
         return self._found[key]
 
+    def _at(self, path: str, form: BySite | KeptBySite | Sites | Tied, value: object) -> object:
+        """Whether a list of sites has a path, or what a field has for it, if anything."""
+        match form:
+            case BySite(_, behind):
+                return override(path, value, behind)
+            case KeptBySite():
+                return kept(path, form.key, value)
+            case Sites(condition, inside):
+                return condition is not None and (within if inside else member)(path, value)
+            case Tied():
+                return group(path, self.order, value)
+
     def _read(self, site: _Site) -> Found:
         try:
             return _Reader(self, site).run()
         except SurgeryError as error:
             return Found((), error.diagnostics)
-
-
-def _gives(expression: ast.Expression, value: object) -> bool:
-    """Whether a branch of a field has a value; an argument's name may have any."""
-    form = _form(expression)
-    if isinstance(form, OneOf):
-        return any(same(value, v) for v in form.values)
-    return not isinstance(expression, ast.Name) and same(constant(expression), value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,17 +151,6 @@ class _Site:
     path: str
     kind: str
     local: Mapping[str, object]
-
-
-def _at(path: str, form: BySite | KeptBySite | Sites, value: object) -> object:
-    """Whether a list of sites has a path, or what a table has for it, if anything."""
-    match form:
-        case BySite():
-            return override(path, value)
-        case KeptBySite():
-            return kept(path, form.key, value)
-        case Sites(condition):
-            return condition is not None and member(path, value)
 
 
 class _Reader:
@@ -264,7 +178,7 @@ class _Reader:
         """What the config says of a field at this site."""
         if not holds_at(item, self.site.kind):
             return default_of(item)
-        return self.config.values.get(item.name, default_of(item))
+        return self.config.get(item.name, default_of(item))
 
     # ----------------------------------------------------------------------------- binding
 
@@ -275,12 +189,12 @@ class _Reader:
             case Sites(condition) if condition is not None:
                 if self.site.local[item.name]:
                     self._solve(condition, True, item)
-            case BySite(argument) | KeptBySite(argument):
+            case BySite(argument) | KeptBySite(argument) | Tied(argument):
                 other = self.site.local[item.name]
                 if other is not None:
                     self.overridden.add(argument)
                     self._take(argument, other, item)
-            case Sites() | OneOf() | Anything():
+            case Sites() | Parameters() | Biases() | Table() | OneOf() | Anything():
                 pass
             case _:
                 assert_never(form)
@@ -293,7 +207,7 @@ class _Reader:
             case ast.Binary("==", ast.Name(id=name), other) if value is True:
                 self._take(name, constant(other), item)
             case ast.Conditional(then, ast.Binary("==", ast.Name()) as condition, other):
-                first = _gives(then, value)
+                first = gives(then, value)
                 self._solve(condition if first else other, True if first else value, item)
             case _:
                 pass  # nothing to bind; the check compares
@@ -327,48 +241,69 @@ class _Reader:
         found = self.value(item)
         match form:
             case Value(expression):
-                # A field whose argument stands in a pattern for this site says the others' value.
-                pattern = isinstance(expression, ast.Name) and expression.id in self.overridden
-                leaf = chosen(expression, names)
-                if isinstance(leaf, OneOf):
-                    yield from self._check_one(item, leaf, found)
-                    return
-                wanted = plain(Scalars(names)(leaf.expression))
-                if not pattern and not same(found, wanted):
-                    yield self._mismatch(item, found, f"{self.method.name} has {shown(wanted)}")
+                yield from self._check_value(item, expression, names)
             case OneOf():
                 yield from self._check_one(item, form, found)
             case Sites(condition) if condition is not None:
                 if Scalars(names).holds(condition) is not self.site.local[item.name]:
                     yield self._mismatch(item, found, f"it does not settle `{self.site.path}`")
-            case Sites() | BySite() | KeptBySite() | Anything():
+            case Parameters() | Biases() | Table():
+                wanted = _wanted(form, found)
+                if wanted:
+                    yield self._mismatch(item, found, f"{self.method.name} has {wanted} there")
+            case Sites() | BySite() | KeptBySite() | Tied() | Anything():
                 pass
             case _:
                 assert_never(form)
 
+    def _check_value(
+        self, item: ast.Field, expression: ast.Expression, names: Mapping[str, object]
+    ) -> Iterator[Diagnostic]:
+        found, leaf = self.value(item), chosen(expression, names)
+        if isinstance(leaf, OneOf):
+            yield from self._check_one(item, leaf, found)
+            return
+        # A field whose argument stands in a pattern for this site says the others' value.
+        pattern = isinstance(expression, ast.Name) and expression.id in self.overridden
+        wanted = plain(Scalars(names)(leaf.expression))
+        if not pattern and not same(found, wanted):
+            yield self._mismatch(item, found, f"{self.method.name} has {shown(wanted)}")
+
     def _check_one(self, item: ast.Field, form: OneOf, found: object) -> Iterator[Diagnostic]:
-        if not any(same(found, v) for v in form.values):
+        if not form.takes(found):
             yield self._mismatch(item, found, form.reason)
 
     def _mismatch(self, item: ast.Field, found: object, reason: str) -> Diagnostic:
-        given = item.name in self.config.values
+        given = item.name in self.config
         what = shown(found) if given else f"absent, which means {shown(found)}"
         message = f"`{item.name}` is {what}: {reason}"
         hint = f"what is here of {self.method.name} computes something else; nothing is guessed"
         return Diagnostic("E515", message, self.config.span(item.name), hint=hint)
 
 
+def _wanted(form: Parameters | Biases | Table, value: object) -> str:
+    """What should stand where a value does; "" if it does."""
+    match form:
+        case Parameters():
+            return "" if value is None or isinstance(value, list) else "a list of paths"
+        case Biases():
+            said = value in ("none", "all") or str(value).endswith("_only")
+            return "" if said else "none, all, or a name that ends in _only"
+        case Table():
+            return "" if _is_table(value) else "a table"
+
+
 def unknown_fields(
     fmt: ast.Format, config: ConfigFile, informative: Iterable[str]
 ) -> Iterator[Diagnostic]:
     """E515 for every field that the format does not know and that is not off."""
-    known = {item.name for item in fmt.fields} | set(informative)
+    known = {item.name for item in fields_of(fmt)} | set(informative)
     return unknown_values(config, known, fmt.method)
 
 
 def unknown_values(config: ConfigFile, known: Set[str], reader: str) -> Iterator[Diagnostic]:
     """E515 for every field that is not known to what reads the config, and that is not off."""
-    for name, value in config.values.items():
+    for name, value in _flat(config.values, known):
         if name not in known and not (value is None or value is False or value in ([], {}, "")):
             yield Diagnostic(
                 "E515",
@@ -376,3 +311,13 @@ def unknown_values(config: ConfigFile, known: Set[str], reader: str) -> Iterator
                 config.span(name),
                 hint="it may change what the adapter computes, so it is not passed over",
             )
+
+
+def _flat(values: Mapping[str, object], known: Set[str]) -> Iterator[tuple[str, object]]:
+    """Every value, and those in tables of which some field is known."""
+    tables = {name.partition(".")[0] for name in known if "." in name}
+    for name, value in values.items():
+        yield name, value
+        if name in tables and _is_table(value):
+            inside = cast("Mapping[str, object]", value).items()
+            yield from ((f"{name}.{inner}", found) for inner, found in inside)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from functools import cached_property
@@ -12,15 +12,12 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from surgery.errors import Report, refuse
-from surgery.language import syntax as ast
-from surgery.mapping.spelling import DIALECTS, Spelling, chosen_format, place_of
+from surgery.mapping.seats import Seat, seats_of
+from surgery.mapping.spelling import DIALECTS, Formats, Spelling, chosen_format, place_of
 from surgery.model.holder import SHARED, parameters_of, shared_name, under_adapters
 from surgery.planned import Plan, PlannedSite, SharedParameter, SiteClass
 
 ADAPTED, NATIVE = "adapted", "native"
-
-Formats = Callable[[str], tuple[ast.Format, ...]]
-"""The format statements of a method, by its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,26 +217,48 @@ def mapping_of(
     known = formats or plan.resolved.library.formats
     base: Iterable[str] = () if model is None else model.state_dict(keep_vars=True)
     kept = tuple(k for k in base if not under_adapters(k))
-    spellings: dict[int, dict[str, tuple[Spelling, ...]]] = {}
-    rows = [row for site in plan.sites for row in _site_rows(site, known, spellings)]
+    spellings: _Known = {}
+    rows = [
+        row
+        for adapter in plan.adapters
+        for site, seats in _seated([s for s in plan.sites if s.adapter == adapter])
+        for row in _site_rows(site, seats, known, spellings)
+    ]
     return StateDictMapping((*rows, *_shared_rows(plan, known)), kept)
 
 
+_Known = dict[tuple[int, bool], dict[str, tuple[Spelling, ...]]]
+"""The spellings of classes of sites, and whether the format names these with others."""
+
+
+def _seated(sites: Sequence[PlannedSite]) -> Iterator[tuple[PlannedSite, dict[str, Seat]]]:
+    """Each site of an adapter with its seat in every format that has seats."""
+    names = [name for name, dialect in DIALECTS.items() if dialect.around]
+    rows = [seats_of(sites, DIALECTS[name]) for name in names]
+    for site, *seats in zip(sites, *rows, strict=True):
+        yield site, dict(zip(names, seats, strict=True))
+
+
 def _site_rows(
-    site: PlannedSite, formats: Formats, known: dict[int, dict[str, tuple[Spelling, ...]]]
+    site: PlannedSite, seats: Mapping[str, Seat], formats: Formats, every: _Known
 ) -> Iterator[Row]:
-    form = site.form
-    if id(form) not in known:
-        known[id(form)] = dict(_spellings(formats, form, "{}"))
+    form, joint = site.form, any(seat.joint is not None for seat in seats.values())
+    known = every.get((id(form), joint))
+    if known is None:
+        known = every[id(form), joint] = dict(_spellings(formats, form, "{}", joint))
     natives = _native_names(site)
     prefix = f"{site.path}." if site.path else ""
     for p in form.parameters:
         if p.shared:
             continue
         copy = p.name in form.lying
-        spellings = (_at(s, prefix) for s in known[id(form)].get(p.name, ()))
-        if copy:  # behind what all keys of a format begin with
-            spellings = (Spelling(n, d.site + site.path) for n, d in DIALECTS.items())
+        spellings = (_at(s, seats, site.path) for s in known.get(p.name, ()))
+        if copy:
+            parameter = site.site.at.parameter
+            spellings = (
+                _at(Spelling(n, f"{d.site}{{}}.{parameter}"), seats, site.site.owner)
+                for n, d in DIALECTS.items()
+            )
         yield Row(
             site.adapter,
             site.path,
@@ -253,20 +272,22 @@ def _site_rows(
         )
 
 
-def _at(spelling: Spelling, prefix: str) -> Spelling:
-    key = spelling.key.replace("{}.", prefix, 1)
+def _at(spelling: Spelling, seats: Mapping[str, Seat], path: str) -> Spelling:
+    seat = seats.get(spelling.format)
+    module = path if seat is None else seat.module
+    key = spelling.key.replace("{}.", f"{module}." if module else "", 1)
     return Spelling(spelling.format, key, spelling.layout, spelling.sizes)
 
 
 def _spellings(
-    known: Formats, form: SiteClass, path: str
+    known: Formats, form: SiteClass, path: str, joint: bool = False
 ) -> Iterator[tuple[str, tuple[Spelling, ...]]]:
     """For each parameter of a class of sites, how every format spells it at a path."""
     # No format has a place for methods that follow each other.
     formats = known(form.method.name) if len(form.links) == 1 else ()
     found: dict[str, list[Spelling]] = {}
     for name in dict.fromkeys(f.name for f in formats):
-        chosen = chosen_format(tuple(f for f in formats if f.name == name), form)
+        chosen = chosen_format(tuple(f for f in formats if f.name == name), form, joint)
         if chosen is None:
             continue
         for p in form.parameters:
@@ -292,10 +313,16 @@ def _native_names(site: PlannedSite) -> dict[str, str]:
 
 
 def _shared_rows(plan: Plan, formats: Formats) -> Iterator[Row]:
+    taken: set[tuple[str, str, str]] = set()
     for shared in plan.shared:
         group, name = plan.groups[shared.key], shared.parameter.name
-        # A format has one place for a shared parameter, so only the first group has a key in it.
-        spellings = _shared_spellings(plan, shared, formats) if group == shared.method else ()
+        # A format has one place for a key, so only the first group that would have it does.
+        spellings = tuple(
+            s
+            for s in _shared_spellings(plan, shared, formats)
+            if (shared.adapter, s.format, s.key) not in taken
+        )
+        taken |= {(shared.adapter, s.format, s.key) for s in spellings}
         yield Row(
             shared.adapter,
             "",

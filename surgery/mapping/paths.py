@@ -6,7 +6,7 @@ A config comes from anywhere, so none of its regexes is given to a matcher that 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import cast
 
@@ -46,13 +46,37 @@ def member(path: str, value: object) -> bool:
             return False
 
 
-def override(path: str, value: object) -> object:
-    """The value of the first regex that takes the end of a path; None if none does."""
+def within(path: str, value: object) -> bool:
+    """Whether one of some texts stands anywhere in a path."""
+    return isinstance(value, list) and any(str(e) in path for e in cast("list[object]", value))
+
+
+def group(path: str, order: Sequence[str], part: object) -> int:
+    """Which group a path is in, where the paths are cut into equal ones by their order.
+
+    part: of the paths, how many have no group of their own; 0 for a group each, 1 for one of all.
+    """
+    share = float(part) if isinstance(part, int | float) else 0.0
+    count = max(1, round(len(order) * (1 - share)))
+    length = max(1, len(order) // count)
+    return min(order.index(path) // length, count - 1) if path in order else 0
+
+
+def override(path: str, value: object, behind: bool = False) -> object:
+    """The value of the first regex that takes the end of a path; None if none does.
+
+    behind: whether the end must stand behind a dot.
+    """
     patterns = cast("dict[str, object]", value) if isinstance(value, Mapping) else {}
     for pattern, found in patterns.items():
-        if _tail(pattern)(path):
+        if _behind_dot(pattern)(path) if behind else _tail(pattern)(path):
             return found
     return None
+
+
+def ending(path: str) -> str:
+    """The regex for as much of a path as can stand behind a dot; "" where nothing can."""
+    return re.escape(path.partition(".")[2])
 
 
 def kept(path: str, key: str, value: object) -> int | None:
@@ -85,6 +109,17 @@ def _tail(pattern: str) -> Taker:
     if known is not None:
         return known.__contains__
     return _matcher(pattern, whole=pattern.startswith("^"))
+
+
+@lru_cache(maxsize=256)
+def _behind_dot(pattern: str) -> Taker:
+    """Whether a regex is the whole of what follows one of a path's dots."""
+    if "|" in pattern or pattern.startswith("^"):
+        span = Span(Source("a pattern in the config", pattern), 0, len(pattern))
+        message = f'the pattern "{pattern}" means something else where an ending is asked for'
+        refuse("E515", message, span, hint="write an ending of a path, without | and ^")
+    takes = _matcher(pattern, whole=False)
+    return lambda path: "." in path and takes(path.partition(".")[2])
 
 
 def _literals(pattern: str) -> frozenset[str] | None:

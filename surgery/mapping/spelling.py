@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -19,21 +19,39 @@ from surgery.model.parts import WHOLE
 from surgery.planned import SiteClass
 
 _AXIS = re.compile(r"[A-Za-z_]\w*")
+_IN_KEY = re.compile(r"\{(\w+)\}")  # an argument in a key
 
 # What layouts and conditions call the axes of a kernel; one of fewer axes has the last of them.
 _KERNEL_AXES = ("depth", "height", "width")
 
 
+Formats = Callable[[str], tuple[ast.Format, ...]]
+"""The format statements of a method, by its name."""
+
+
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """What all keys of a format begin with: those of a site, and those of shared parameters."""
+    """What is common to all that a format says, whatever the method.
+
+    site, root: what the keys of a site, and those of shared parameters, begin with.
+    around: what an adapted module is called in the module that stands around it; "" where none
+        does, and parameters that are matrices by themselves have no place.
+    copies: the value of `peft_type` of adapters that are copies of whole modules and nothing else,
+        and what stands in their keys between the path of a module and the name of its parameter.
+    """
 
     site: str = ""
     root: str = ""
+    around: str = ""
+    copies: tuple[str, str] | None = None
 
 
 # A format that is not listed begins its keys with nothing.
-DIALECTS: Mapping[str, Dialect] = {"peft": Dialect("base_model.model.", "base_model.")}
+DIALECTS: Mapping[str, Dialect] = {
+    "peft": Dialect(
+        "base_model.model.", "base_model.", "base_layer", ("LN_TUNING", "ln_tuning_layers")
+    )
+}
 
 
 def dialect_of(name: str) -> Dialect:
@@ -83,12 +101,16 @@ def _rearranged(tensor: Tensor, layout: str, sizes: dict[str, int]) -> Tensor:
     return rearrange(tensor, layout, **sizes)
 
 
-def facts(sizes: Sizes, geometry: Geometry | None) -> dict[str, object]:
-    """What the condition of a tensor row may ask of a site, besides the method's arguments."""
+def facts(sizes: Sizes, geometry: Geometry | None, batch: int | None = None) -> dict[str, object]:
+    """What the condition of a tensor row may ask of a site, besides the method's arguments.
+
+    batch: the number of matrices of a batch, whose fact is 0 where there is none.
+    """
+    common = {**sizes.names, "matrices": batch or 0}
     if geometry is None:
-        return {**sizes.names, "groups": 1, "kernel": 1, "dilation": 1, "padding_mode": "zeros"}
+        return {**common, "groups": 1, "kernel": 1, "dilation": 1, "padding_mode": "zeros"}
     return {
-        **sizes.names,
+        **common,
         **dict(zip(_KERNEL_AXES[-geometry.rank :], geometry.kernel, strict=True)),
         "groups": sizes.groups,
         "kernel": prod(geometry.kernel),
@@ -124,26 +146,41 @@ class Place:
         prefix = dialect.root if shared else dialect.site + (f"{path}." if path else "")
         axes = set(_AXIS.findall(row.layout or ""))
         sizes = tuple((n, v) for n, v in self.facts.items() if n in axes and isinstance(v, int))
-        return Spelling(fmt.name, prefix + row.key, row.layout or "", sizes)
+        arguments = dict(self.arguments)
+        key = _IN_KEY.sub(lambda found: str(arguments[found.group(1)]), row.key)
+        return Spelling(fmt.name, prefix + key, row.layout or "", sizes)
 
 
 def place_of(form: SiteClass) -> Place:
     """The place that a class of sites is."""
-    return Place(form.kind.name, facts(form.sizes, form.geometry), form.arguments)
+    known = {**facts(form.sizes, form.geometry, form.batch), "has_bias": form.has_bias}
+    return Place(form.kind.name, known, form.arguments)
 
 
-def rows_of(fmt: ast.Format, form: SiteClass) -> dict[str, ast.Tensor] | str:
+def _takes(fmt: ast.Format, form: SiteClass, joint: bool) -> bool:
+    """Whether a format has a place for such a part of a layer, reached as it is."""
+    if form.at == WHOLE and form.mode == "call":
+        return True
+    whole = form.at.index is None and form.at.part is None
+    return bool(dialect_of(fmt.name).around) and whole and (form.kind.bare or joint)
+
+
+def rows_of(fmt: ast.Format, form: SiteClass, joint: bool = False) -> dict[str, ast.Tensor] | str:
     """The row of every parameter of a class of sites; the name of one that has none.
 
     What is drawn again by its seed needs no row. No format has a place for what is rows of a layer,
-    or is reached by its weight.
+    or is a layer whose weight alone is reached.
+
+    joint: whether a format names the sites together with others, as one module.
 
     Raises DefinitionError (E124) for a layout that does not take the parameter's shape.
     """
     place, rows = place_of(form), dict[str, ast.Tensor]()
+    if not _takes(fmt, form, joint):
+        return form.parameters[0].name if form.parameters else ""
     for parameter in form.parameters:
         row = place.row(fmt, parameter.name)
-        if form.at != WHOLE or form.mode == "value" or (row is None and not parameter.redrawn):
+        if row is None and not parameter.redrawn:
             return parameter.name
         if row is None:
             continue
@@ -156,10 +193,10 @@ def _check_layout(spelling: Spelling, form: SiteClass, row: ast.Tensor) -> None:
     from einops import EinopsError
 
     try:
-        spelling.file_shape(form.shapes[row.name])
+        spelling.file_shape(form.stored[row.name])
     except EinopsError as error:
         reason = str(error).strip().splitlines()[-1]
-        shape = list(form.shapes[row.name])
+        shape = list(form.stored[row.name])
         refuse(
             "E124",
             f"`{row.layout}` does not take {row.name} {shape}: {reason}",
@@ -169,11 +206,11 @@ def _check_layout(spelling: Spelling, form: SiteClass, row: ast.Tensor) -> None:
 
 
 def chosen_format(
-    formats: tuple[ast.Format, ...], form: SiteClass
+    formats: tuple[ast.Format, ...], form: SiteClass, joint: bool = False
 ) -> tuple[ast.Format, dict[str, ast.Tensor]] | None:
     """The first format that has a tensor for every parameter of a class of sites."""
     for fmt in formats:
-        rows = rows_of(fmt, form)
+        rows = rows_of(fmt, form, joint)
         if not isinstance(rows, str):
             return fmt, rows
     return None

@@ -86,9 +86,16 @@ def bare(module: nn.Module, name: str, cls: type[nn.Module]) -> Bare | None:
 
 
 def unknown(module: nn.Module, name: str) -> Bare:
-    """A parameter of which nothing is known: [out, in]; a `weight` has its `bias` beside it."""
-    beside = name == "weight" and parameters_of(module).get("bias") is not None
-    return Bare(MATRIX, "bias" if beside else "")
+    """A parameter of which nothing is known: [out, in]; a `weight` has its `bias` beside it.
+
+    An owner may say that its batches of matrices lie the other way.
+    """
+    own = parameters_of(module)
+    beside = name == "weight" and own.get("bias") is not None
+    parameter = own.get(name)
+    batch = parameter is not None and parameter.dim() == 3
+    turned = batch and vars(module).get("is_transposed") is True
+    return Bare(TRANSPOSED_MATRIX if turned else MATRIX, "bias" if beside else "")
 
 
 def beside(module: nn.Module) -> Iterator[tuple[str, str]]:

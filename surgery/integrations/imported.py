@@ -1,0 +1,445 @@
+"""A config of peft's as a spec: the same sites with the same arguments, for a person to read.
+
+With a model the two are compared site by site, and what the readable spec cannot say is listed by
+paths; what changes the mathematics in a way that no method has is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import cast
+
+from torch import nn
+
+from surgery.algebra.scalars import Scalars
+from surgery.artifact import CONFIG
+from surgery.check import Arguments, resolve
+from surgery.errors import Diagnostic, Report, Source, Span, SurgeryError, refuse
+from surgery.integrations.clauses import Clauses, clauses_of, described
+from surgery.integrations.peft import INFORMATIVE
+from surgery.integrations.peft_modules import of_copies
+from surgery.integrations.targets import (
+    EVERY_LINEAR,
+    Chosen,
+    all_of,
+    by_pattern,
+    ending,
+    every_linear,
+    holds,
+    matching,
+    named,
+    taken_where_absent,
+)
+from surgery.language import syntax as ast
+from surgery.language.formatting import formatted
+from surgery.language.library import Library
+from surgery.language.parse import parse
+from surgery.mapping.fields import ConfigFile, ConfigReader, unknown_fields, unknown_values
+from surgery.mapping.forms import (
+    Biases,
+    BySite,
+    KeptBySite,
+    Sites,
+    Value,
+    constant,
+    fields_of,
+    form_of,
+    same,
+    shown,
+)
+from surgery.model.holder import parameters_of
+from surgery.model.inventory import joined, survey
+from surgery.plan import plan
+from surgery.store import read_json, read_text
+
+NAME = "peft"
+_AT = "site"  # a path that stands for all sites of a part
+_ASKED = (
+    "target_modules",
+    "target_parameters",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+)
+
+
+def import_config(path: str | Path, model: nn.Module | None = None) -> str:
+    """The spec that does what a config of peft's does, with comments on what it leaves out.
+
+    path: of an `adapter_config.json`, or of the folder that has it. model: what the config is for;
+    it may lie on meta. With it, names that select nothing are left out and said, what the config
+    leaves to the type of the model is written out, and the spec is compared with the config at each
+    site. Raises ArtifactError: E511 and E512 for the file, E515 for a field that changes the
+    mathematics as no method here does, E516 for a kind of adapter or modules that are not known.
+    """
+    config = read_config(Path(path))
+    if of_copies(config):
+        return formatted("\n".join(_copies(config, model)))
+    reading = _reading(config)
+    whole = _Import(reading, clauses_of(config, model), model)
+    return formatted(
+        "\n".join([*described(config, reading.fmt, INFORMATIVE, model), *whole.lines()])
+    )
+
+
+def read_config(path: Path) -> ConfigFile:
+    """A config with its text. Raises ArtifactError (E511, E512)."""
+    path = path / CONFIG if path.is_dir() else path
+    return ConfigFile(read_json(path), Span(Source(str(path), read_text(path)), 0, 1))
+
+
+def _copies(config: ConfigFile, model: nn.Module | None) -> Iterator[str]:
+    """The spec of an adapter that is copies of whole modules and nothing else."""
+    report, known = Report(), {*INFORMATIVE, *_ASKED, "peft_type"}
+    report.extend(unknown_values(config, known, str(config.get("peft_type"))))
+    report.stop()
+    stated = config.get("target_modules")
+    some = taken_where_absent(config, "target_modules", model) if stated is None else stated
+    if isinstance(some, str):
+        chosen = (matching(some, config.span("target_modules")),)
+    else:
+        chosen = all_of(map(str, cast("list[object]", some)))
+    clauses = clauses_of(config, model)
+    there = [c for c in chosen if model is None or clauses.selects(c)]
+    if not there:
+        span, hint = config.span("target_modules"), "it is for another model"
+        refuse("E516", "the config names no module of the model", span, hint=hint)
+    yield from described(config, None, INFORMATIVE, model)
+    selector = " | ".join(c.selector for c in there)
+    yield f"train {selector} {clauses.around('', '', lambda p: any(c.takes(p) for c in there))}"
+    yield from clauses.trained("", chosen, ())
+
+
+# ---------------------------------------------------------------------------------- the method
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A config as one format reads it, with the fields that are about sites sorted out."""
+
+    config: ConfigFile
+    fmt: ast.Format
+    method: ast.Method
+    sorts: tuple[str, ...] = ()
+    patterns: tuple[str, ...] = ()
+    biases: str = ""
+
+    def arguments(self, given: Mapping[str, object], kind: str) -> Arguments:
+        """The arguments where fields about sites say this. Raises ArtifactError (E515)."""
+        values = {**self.config.values, **given}
+        for name in (self.biases,) if self.biases else ():
+            values[name] = "none"
+        found = ConfigReader(self.fmt, self.method, replace_values(self.config, values))
+        read = found.read(_AT, kind)
+        report = Report()
+        report.extend(read.problems)
+        report.stop()
+        return read.arguments
+
+    @property
+    def neutral(self) -> dict[str, object]:
+        """What the fields about sites say of one that is in none of them."""
+        return {**{n: [] for n in self.sorts}, **{n: {} for n in self.patterns}}
+
+
+def replace_values(config: ConfigFile, values: Mapping[str, object]) -> ConfigFile:
+    """The same text with other values."""
+    return ConfigFile(values, config.source)
+
+
+def _reading(config: ConfigFile) -> Reading:
+    """The format that has the least against a config, and of these the one that says most of it."""
+    library, kind = Library.standard(), config.get("peft_type")
+    known = [f for f in library.all_formats() if f.name == NAME]
+    mine = [f for f in known if same(_kind(f), kind)]
+    if not mine:
+        kinds = sorted({str(_kind(f)) for f in known})
+        near = get_close_matches(str(kind), kinds, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        hint += f"there are: {', '.join(kinds)}"
+        refuse("E516", f"peft_type {shown(kind)} is not known", config.span("peft_type"), hint=hint)
+    tried = [_tried(_sorted(config, f, library)) for f in mine]
+    problems, _, best = min(tried, key=lambda t: (len(t[0]), -t[1]))
+    report = Report()
+    report.extend(problems)
+    report.stop()
+    return best
+
+
+def _kind(fmt: ast.Format) -> object:
+    for item in fmt.fields:
+        form = form_of(item)
+        if item.name == "peft_type" and isinstance(form, Value):
+            return constant(form.expression)
+    return None
+
+
+def _sorted(config: ConfigFile, fmt: ast.Format, library: Library) -> Reading:
+    method = library.method(fmt.method)
+    assert method is not None  # the library names it
+    forms = {item.name: form_of(item) for item in fields_of(fmt)}
+    sorts = [n for n, f in forms.items() if isinstance(f, Sites) and f.condition is not None]
+    patterns = [n for n, f in forms.items() if isinstance(f, BySite)]
+    biases = next((n for n, f in forms.items() if isinstance(f, Biases)), "")
+    return Reading(config, fmt, method, tuple(sorts), tuple(patterns), biases)
+
+
+def _tried(reading: Reading) -> tuple[list[Diagnostic], int, Reading]:
+    """What is against a reading, and how many arguments the config names."""
+    known = (*INFORMATIVE, *_ASKED)
+    found = [*unknown_fields(reading.fmt, reading.config, known)]
+    for item in fields_of(reading.fmt):
+        kept = isinstance(form_of(item), KeptBySite) and reading.config.get(item.name)
+        if kept:
+            message = f"`{item.name}` says what training left of each site"
+            hint = "attach the folder: its tensors are what was left"
+            found.append(Diagnostic("E515", message, reading.config.span(item.name), hint=hint))
+    values = {**reading.config.values, **reading.neutral}
+    values |= {reading.biases: "none"} if reading.biases else {}
+    reader = ConfigReader(reading.fmt, reading.method, replace_values(reading.config, values))
+    read = reader.read(_AT, "linear")
+    return [*found, *read.problems], len(read.bound), reading
+
+
+# ------------------------------------------------------------------------------------- parts
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some sites that have the same arguments.
+
+    among: what they are besides, with whether they are that. given: what fields about sites say.
+    """
+
+    chosen: Chosen
+    among: tuple[tuple[Chosen, bool], ...] = ()
+    given: Mapping[str, object] = field(default_factory=dict[str, object])
+    kind: str = "linear"
+
+    def takes(self, path: str) -> bool:
+        """Whether a path is one of them."""
+        return self.chosen.takes(path) and all(c.takes(path) is yes for c, yes in self.among)
+
+    @property
+    def selector(self) -> str:
+        """The selector of all of this."""
+        also = [c.selector if yes else f"not {c.selector}" for c, yes in self.among]
+        return " & ".join([self.chosen.selector, *also])
+
+
+def _split(part: Part, name: str, groups: Sequence[tuple[Chosen, object]]) -> Iterator[Part]:
+    """A part by the first group that has a site, and what is then said; the rest at last."""
+    before: list[tuple[Chosen, bool]] = []
+    for group, said in groups:
+        relation = holds(part.chosen, group)
+        if relation == "never":
+            continue
+        among = (*part.among, *before)
+        if relation == "always":
+            yield replace(part, among=among, given={**part.given, name: said})
+            return
+        yield replace(part, among=(*among, (group, True)), given={**part.given, name: said})
+        before.append((group, False))
+    yield replace(part, among=(*part.among, *before))
+
+
+def _groups(reading: Reading, name: str, model: nn.Module | None) -> list[tuple[Chosen, object]]:
+    """What a field about sites has: some of them, and what it then says of `_AT`."""
+    config = reading.config
+    stated, span = config.get(name), config.span(name)
+    if name in reading.patterns:
+        table = cast("dict[str, object]", stated) if isinstance(stated, Mapping) else {}
+        return [(by_pattern(p, span), {f"^(?:{_AT})$": value}) for p, value in table.items()]
+    some = taken_where_absent(config, name, model) if stated is None else stated
+    if isinstance(some, str):
+        return [(matching(some, span), [_AT])]
+    return [(one, [_AT]) for one in all_of(map(str, cast("list[object]", some)), ending)]
+
+
+class _Import:
+    """One config on its way to a spec."""
+
+    def __init__(self, reading: Reading, clauses: Clauses, model: nn.Module | None) -> None:
+        self.reading = reading
+        self.config = reading.config
+        self.clauses = clauses
+        self.model = model
+        self.parts = [*self._parts()]
+        self.wanted = None if model is None else self._wanted(model)
+
+    # -------------------------------------------------------------------------------- targets
+
+    def _targets(self) -> tuple[Chosen, ...]:
+        stated = self.config.get("target_modules")
+        parameters = self.config.get("target_parameters")
+        if stated is None and not parameters:
+            stated = taken_where_absent(self.config, "target_modules", self.model)
+        if isinstance(stated, str) and stated.lower() == EVERY_LINEAR:
+            return (every_linear(self.model, self.config.get("task_type") == "SEQ_CLS"),)
+        if isinstance(stated, str):
+            return (matching(stated, self.config.span("target_modules")),)
+        return all_of(map(str, cast("list[object]", stated or ())))
+
+    def _parts(self) -> Iterator[Part]:
+        parts = [Part(chosen) for chosen in self._targets()]
+        for name in cast("list[object]", self.config.get("target_parameters") or []):
+            parts.append(Part(named(str(name)), kind="matrix"))
+        for name in (*self.reading.sorts, *self.reading.patterns):
+            groups = _groups(self.reading, name, self.model)
+            parts = [one for part in parts for one in _split(part, name, groups)]
+        yield from parts
+
+    def _arguments(self, part: Part, kind: str | None = None) -> Arguments:
+        given = {**self.reading.neutral, **part.given}
+        return self.reading.arguments(given, kind or part.kind)
+
+    # ---------------------------------------------------------------------------- comparison
+
+    def _wanted(self, model: nn.Module) -> dict[str, Arguments]:
+        """The arguments of every site that the config is for, by its path (E516 for no site)."""
+        report, found = Report(), dict[str, Arguments]()
+        inventory = survey(model)
+        for index, entry in enumerate(inventory.entries):
+            part = self._part_of(entry.path, "linear")
+            if part is None or entry.first != index or not self.clauses.takes(entry.path):
+                continue
+            if entry.kind is None:
+                message = f"`{entry.path}` is a {type(entry.module).__name__}"
+                hint = "the config names it, and no method is put on a layer of this kind"
+                report.error("E516", message, self.config.span("target_modules"), hint=hint)
+                continue
+            found[entry.path] = self._arguments(part, entry.kind.name)
+        names = (joined(e.path, n) for e in inventory.entries for n in parameters_of(e.module))
+        for path in dict.fromkeys(names):
+            part = self._part_of(path, "matrix")
+            if part is not None:
+                found[path.removesuffix(".weight")] = self._arguments(part)
+        report.stop()
+        if not found:
+            message = "the config names no module of the model"
+            hint = "it is for another model"
+            refuse("E516", message, self.config.span("target_modules"), hint=hint)
+        return found
+
+    def _part_of(self, path: str, kind: str) -> Part | None:
+        return next((p for p in self.parts if p.kind == kind and p.takes(path)), None)
+
+    def _agrees(self, text: str) -> bool:
+        assert self.model is not None  # asked only with a model
+        try:
+            made = plan(resolve(parse(text), Library.standard()), self.model)
+        except SurgeryError:
+            return False
+        got = {s.path: s.form.arguments for s in made.sites if not s.site.at.tensor}
+        return got == self.wanted
+
+    # ------------------------------------------------------------------------------------ text
+
+    def lines(self) -> Iterator[str]:
+        """The statements, and before them what is to be said."""
+        yield from self._nowhere()
+        matches = [*self._matches()]
+        if self.wanted is not None and not self._agrees("\n".join(matches)):
+            matches = [*self._by_path()]
+            yield "# By paths, since no selector says the same on this model:"
+            if not self._agrees("\n".join(matches)):
+                hint = "write a spec by hand, and compare with `surgery plan --diff`"
+                span = self.config.span("target_modules")
+                refuse("E516", "the sites of the config cannot all be selected", span, hint=hint)
+        yield from matches
+        heads = [*dict.fromkeys(p.chosen for p in self.parts if p.kind == "linear")]
+        yield from self.clauses.trained(self.reading.biases, heads, [*(self.wanted or ())])
+
+    def _nowhere(self) -> Iterator[str]:
+        """What is said of names of the config that the model has not."""
+        if self.wanted is None:
+            return
+        found = {id(p.chosen) for p in self.parts if any(self._paths(p))}
+        lacking = {p.chosen.selector for p in self.parts if id(p.chosen) not in found}
+        if lacking:
+            yield f"# The model has nothing of {', '.join(sorted(lacking))}, and peft says nothing."
+
+    def _matches(self) -> Iterator[str]:
+        for (arguments, optional), parts in self._alike().items():
+            chosen = [
+                p.selector if len(parts) == 1 or not p.among else f"({p.selector})" for p in parts
+            ]
+            yield self._statement(" | ".join(chosen), parts, arguments, optional)
+
+    def _alike(self) -> dict[tuple[Arguments, bool], list[Part]]:
+        """The parts that there are, by their arguments; without a model, parts of parts by need."""
+        found: dict[tuple[Arguments, bool], list[Part]] = {}
+        for part in self.parts:
+            paths = None if self.wanted is None else [*self._paths(part)]
+            if paths == []:
+                continue
+            optional = self.wanted is None and bool(part.among or part.chosen.where)
+            kind = None if not paths else self._kind_at(paths[0])
+            found.setdefault((self._arguments(part, kind), optional), []).append(part)
+        return found
+
+    def _paths(self, part: Part) -> Iterator[str]:
+        assert self.wanted is not None  # asked only with a model
+        for path in self.wanted:
+            tried = (path,) if part.kind == "linear" else (path, f"{path}.weight")
+            if any(self._part_of(p, part.kind) is part for p in tried):
+                yield path
+
+    def _kind_at(self, path: str) -> str | None:
+        assert self.model is not None  # asked only with a model
+        entry = next((e for e in survey(self.model).entries if e.path == path), None)
+        return None if entry is None or entry.kind is None else entry.kind.name
+
+    def _statement(
+        self, selector: str, parts: Sequence[Part], arguments: Arguments, optional: bool
+    ) -> str:
+        where = next((p.chosen.where for p in parts if p.chosen.where), "")
+        but = next((p.chosen.but for p in parts if p.chosen.but), "")
+        paths = [] if self.wanted is None else [path for p in parts for path in self._paths(p)]
+        tie = self.clauses.tie(paths)
+        words = (
+            "optional" if optional else "",
+            f"match {selector}",
+            self.clauses.around(where, but, lambda path: any(p.takes(path) for p in parts)),
+            f"apply {self._call(arguments)}",
+            tie,
+            f"expect {len(paths)}" if paths else "",
+        )
+        return " ".join(filter(None, words))
+
+    def _call(self, arguments: Arguments) -> str:
+        """The method with what is not its default."""
+        method, known, given = self.reading.method, dict[str, object](), list[str]()
+        values = dict(arguments)
+        for a in method.arguments:
+            default = None if a.default is None else Scalars(known)(a.default)
+            known[a.name] = values[a.name]
+            if a.default is None or default != values[a.name]:
+                given.append(f"{a.name}={_literal(values[a.name])}")
+        return f"{method.name}({', '.join(given)})"
+
+    def _by_path(self) -> Iterator[str]:
+        assert self.wanted is not None  # asked only with a model
+        alike: dict[Arguments, list[str]] = {}
+        for path, arguments in self.wanted.items():
+            alike.setdefault(arguments, []).append(path)
+        for arguments, paths in alike.items():
+            chosen = " | ".join(named(path).selector for path in paths)
+            tie = self.clauses.tie(paths)
+            yield f"match {chosen} apply {self._call(arguments)} {tie} expect {len(paths)}"
+
+
+def _literal(value: object) -> str:
+    match value:
+        case bool():
+            return str(value).lower()
+        case str():
+            return f'"{value}"'
+        case None:
+            return "null"
+        case _:
+            return repr(value)
