@@ -73,8 +73,8 @@ def bert() -> nn.Module:
 
 # ------------------------------------------------------------------- ten architectures, in a table
 #
-# All sides are multiples of 12, so that blocks, shards and groups of every method fit, and a model's
-# two widest are not the same.
+# All sides are multiples of 12, so that blocks, shards and groups of every method fit, and those of
+# a feed-forward differ.
 
 
 @dataclass(frozen=True)
@@ -193,12 +193,9 @@ ARCHITECTURES = {
         ),
         SOUND,
         *("q_proj", "v_proj", "fc2"),
-        convolution="conv2",
     ),
     "mixtral": Architecture(
-        lambda: MixtralModel(
-            MixtralConfig(**DECODER, num_local_experts=3, num_experts_per_tok=2)
-        ),
+        lambda: MixtralModel(MixtralConfig(**DECODER, num_local_experts=3, num_experts_per_tok=2)),
         IDS,
         *("q_proj", "v_proj", "o_proj"),
     ),

@@ -336,8 +336,6 @@ def test_places_stay_whole_whatever_the_adapter_is_cast_to() -> None:
 REFUSED: tuple[tuple[Any, dict[str, Any], str], ...] = (
     (peft.WaveFTConfig, {"n_frequency": 5, "wavelet_family": "db2"}, '`wavelet_family` is "db2"'),
     (peft.WaveFTConfig, {"n_frequency": 5, "proportional_parameters": True}, "how many places"),
-    (peft.FourierFTConfig, {"n_frequency": 5, "n_frequency_pattern": {"first": 3}}, "pattern"),
-    (peft.C3AConfig, {"block_size": 7, "block_size_pattern": {"first": 7}}, "block_size_pattern"),
     (peft.RandLoraConfig, {"r": 3, "save_projection": False}, "`save_projection` is false"),
     (
         peft.VBLoRAConfig,

@@ -427,33 +427,8 @@ def test_pefts_whole_factor_on_one_axis_is_no_kronecker_product(tmp_path: Path) 
 REFUSED: tuple[tuple[Callable[[], nn.Module], peft.PeftConfig, str], ...] = (
     (
         dense,
-        peft.LoHaConfig(r=2, rank_dropout=0.1, target_modules=["0"]),
-        "`rank_dropout` is 0.1: whole rows",
-    ),
-    (
-        dense,
-        peft.LoHaConfig(r=2, module_dropout=0.1, target_modules=["0"]),
-        "`module_dropout` is 0.1: the whole change",
-    ),
-    (
-        dense,
-        peft.LoKrConfig(r=2, rank_dropout=0.1, target_modules=["0"]),
-        "`rank_dropout` is 0.1: whole rows",
-    ),
-    (
-        dense,
-        peft.LoKrConfig(r=2, module_dropout=0.1, target_modules=["0"]),
-        "`module_dropout` is 0.1: the whole change",
-    ),
-    (
-        dense,
         peft.BOFTConfig(boft_block_size=2, boft_dropout=0.1, target_modules=["0"]),
         "`boft_dropout` is 0.1: blocks are then replaced",
-    ),
-    (
-        dense,
-        peft.HRAConfig(r=2, bias="hra_only", target_modules=["0"]),
-        '`bias` is "hra_only": trained biases',
     ),
     (pictures, peft.LoHaConfig(r=2, target_modules=["round"]), "loha on `round`"),
     (pictures, peft.LoKrConfig(r=1, target_modules=["round"]), "lokr on `round`"),
