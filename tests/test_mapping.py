@@ -221,7 +221,7 @@ def test_bone_is_written_as_its_heir() -> None:
         ("match q apply vera(r=3) match k apply vera(r=4)", "`r` is one for all sites"),
         ("match grouped apply lora(r=2)", "no tensor for A of lora on `grouped`"),
         ("match dilated apply dora(r=2)", "no tensor for A of dora on `dilated`"),
-        ("match /embed/ apply oft(block_size=11)", "no tensor for v of oft on `embed`"),
+        ("match /embed/ apply hra(r=2)", "no tensor for u of hra on `embed`"),
         (
             "match /embed|q/ apply lora(r=2, dropout=0.5)",
             "cannot say dropout = 0.5 at `embed` (embedding); it means 0.0 there",

@@ -21,28 +21,69 @@ from surgery.language.library import Library
 from surgery.language.parse import parse
 
 SITE = {"in": 12, "out": 20, "channels": 12}
+FACTS = (("has_bias", True), ("kind", "linear"))
 LIBRARY = Library.standard()
 
 # Arguments that fit the site, and how a merge with them can be taken back.
 CASES: dict[str, list[tuple[dict[str, object], str]]] = {
     "lora": [
-        ({"r": 5, "alpha": 3.0, "dropout": p, "rslora": p > 0, "init_weights": init}, "algebraic")
+        (
+            {
+                "r": 5,
+                "alpha": 3.0,
+                "dropout": p,
+                "rslora": p > 0,
+                "init_weights": init,
+                "bias": p > 0,
+            },
+            "algebraic",
+        )
         for p in (0.0, 0.1)
         for init in ("default", "gaussian", "pissa", "olora")
     ],
+    "pvera": [
+        ({"r": 5, "projection_prng_key": 0, "dropout": 0.1, "d_initial": 0.1}, "algebraic"),
+    ],
+    "glora": [
+        ({"r": 3, "config_A_B": some, "config_C": other, "config_D_E": other}, "algebraic")
+        for some, other in (("lora", "vector"), ("vector", "vector"), ("constant", "vector"))
+    ],
     "mica": [({"r": 5, "alpha": 3.0, "dropout": 0.1, "rslora": False}, "algebraic")],
     "dora": [
-        ({"r": 5, "alpha": 3.0, "dropout": 0.0, "rslora": False}, "witness"),
-        ({"r": 5, "alpha": 3.0, "dropout": 0.1, "rslora": True}, "witness"),
+        ({"r": 5, "alpha": 3.0, "dropout": p, "rslora": p > 0, "init_weights": init}, "witness")
+        for p, init in ((0.0, "default"), (0.1, "gaussian"), (0.1, "eva"))
     ],
     "ia3": [({"side": "out"}, "algebraic"), ({"side": "in"}, "algebraic")],
     "vera": [
         ({"r": 7, "projection_prng_key": 0, "dropout": 0.1, "d_initial": 0.1}, "algebraic"),
     ],
-    "oft": [({"block_size": 4, "r": 0}, "algebraic"), ({"block_size": 0, "r": 3}, "algebraic")],
+    "oft": [
+        (
+            {
+                "block_size": 0 if r else 4,
+                "r": r,
+                "use_cayley_neumann": terms > 0,
+                "num_cayley_neumann_terms": terms,
+                "coft": r > 0,
+                "eps": 0.5,
+                "block_share": share,
+            },
+            "algebraic",
+        )
+        for r, terms, share in ((0, 0, False), (3, 0, True), (0, 5, True), (3, 2, False))
+    ],
     "bone": [({"r": 5}, "algebraic")],
     "loha": [
-        ({"r": 5, "alpha": 3.0, "use_effective_conv2d": core}, "algebraic")
+        (
+            {
+                "r": 5,
+                "alpha": 3.0,
+                "use_effective_conv2d": core,
+                "rank_dropout": 0.1,
+                "module_dropout": 0.2,
+            },
+            "algebraic",
+        )
         for core in (False, True)
     ],
     "lokr": [
@@ -53,6 +94,9 @@ CASES: dict[str, list[tuple[dict[str, object], str]]] = {
                 "decompose_both": both,
                 "decompose_factor": -1,
                 "use_effective_conv2d": True,
+                "rank_dropout": 0.1,
+                "rank_dropout_scale": both,
+                "module_dropout": 0.2,
             },
             "algebraic",
         )
@@ -110,6 +154,48 @@ CASES: dict[str, list[tuple[dict[str, object], str]]] = {
         ({"r": 4, "mini_r": 1, "init_weights": kind, "dropout": 0.0}, "algebraic")
         for kind in ("default", "mini", "bat")
     ],
+    "eva": [
+        (
+            {
+                "r": 4,
+                "alpha": 3.0,
+                "dropout": 0.1,
+                "rslora": True,
+                "rho": 2.0,
+                "whiten": whiten,
+                "adjust_scaling_factors": whiten,
+            },
+            "algebraic",
+        )
+        for whiten in (True, False)
+    ],
+    "corda": [
+        (
+            {"r": 4, "alpha": 3.0, "dropout": 0.1, "rslora": False, "corda_method": kind},
+            "algebraic",
+        )
+        for kind in ("ipm", "kpm")
+    ],
+    "lora_ga": [
+        (
+            {
+                "r": 4,
+                "alpha": 3.0,
+                "dropout": 0.1,
+                "rslora": False,
+                "direction": direction,
+                "scale": scale,
+                "stable_gamma": 16.0,
+            },
+            "algebraic",
+        )
+        for direction, scale in (("ArB2r", "stable"), ("A2rBr", "gd_scale"), ("ArBr", "unit"))
+    ],
+    "loftq": [
+        ({"r": 4, "alpha": 3.0, "dropout": 0.1, "rslora": False, "rounding": b}, "algebraic")
+        for b in ("nf4", "int8")
+    ],
+    "ortholora": [({"r": 4, "alpha": 3.0, "dropout": 0.1, "rslora": False}, "algebraic")],
 }
 EVERY = [(name, *case) for name, cases in CASES.items() for case in cases]
 
@@ -121,7 +207,7 @@ def method(name: str) -> ast.Method:
 
 
 def derived(name: str, arguments: dict[str, object], has_bias: bool = True) -> Derived:
-    equations = instantiate(method(name), tuple(arguments.items()), tuple(SITE.items()))
+    equations = instantiate(method(name), tuple(arguments.items()), tuple(SITE.items()), FACTS)
     return derive(equations, has_bias)
 
 
@@ -184,7 +270,7 @@ def test_every_parameter_has_a_part_in_the_merge(
 
 def test_a_norm_of_the_weight_is_the_only_thing_to_keep() -> None:
     arguments: dict[str, object] = {"r": 5, "alpha": 3.0, "dropout": 0.1, "rslora": False}
-    found = derived("dora", arguments)
+    found = derived("dora", {**arguments, "init_weights": "default"})
     ((name, witness),) = found.inverse.witnesses
     assert name == "witness0"
     assert numbers(witness, SITE) == (20,)

@@ -29,6 +29,7 @@ from surgery.algebra.expr import (
 )
 from surgery.algebra.interpret import Domain, Evaluator
 from surgery.algebra.ops import OPS, through
+from surgery.algebra.rounding import NF4
 from surgery.algebra.rules import make
 from surgery.algebra.shapes import Mismatch
 
@@ -72,6 +73,10 @@ def turned(q: Tensor) -> Tensor:
     return (one - q) @ linalg.inv(one + q)
 
 
+def powers_to_three(q: Tensor) -> Tensor:
+    return torch.eye(3, dtype=q.dtype) + q + q @ q + q @ q @ q
+
+
 def reflection(u: Tensor) -> Tensor:
     return torch.eye(len(u), dtype=u.dtype) - 2 * torch.outer(u, u) / u.dot(u)
 
@@ -87,6 +92,11 @@ def signed(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if u[:, i][u[:, i].abs().argmax()] < 0:
             u[:, i], v[i] = -u[:, i], -v[i]
     return u, s, v
+
+
+def narrow(a: Tensor) -> list[Tensor]:
+    """The same in float32, with whatever signs torch gives."""
+    return [part.double() for part in linalg.svd(a.float(), full_matrices=False)]
 
 
 def positive(a: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,6 +123,21 @@ def flown(blocks: Tensor) -> Tensor:
         mixed = torch.eye(8, dtype=blocks.dtype)[list(map(int, order))]
         product = product @ mixed @ blocks_of(level) @ mixed.T
     return product
+
+
+def nearest_codes(a: Tensor) -> Tensor:
+    """Each of 64 elements in turn as the nearest code, by trying all of them."""
+    flat, made = a.flatten(), list[Tensor]()
+    for block in (flat[:64], flat[64:]):
+        codes = torch.tensor(NF4, dtype=a.dtype) * block.abs().max()
+        nearest = (block[:, None] - codes).abs().argmin(1)
+        made.append(codes[nearest])
+    return torch.cat(made).view_as(a)
+
+
+def whole_parts(a: Tensor) -> Tensor:
+    """Each row as whole parts of a 127th of its largest element."""
+    return torch.stack([(row / row.abs().max() * 127).round() / 127 * row.abs().max() for row in a])
 
 
 def largest_two(a: Tensor) -> Tensor:
@@ -182,6 +207,8 @@ CASES: dict[str, Case] = {
         make("cayley", make("skew", p("v", 2, 6), size=size(4))),
         lambda v: turned(skewed(v, 4)),
     ),
+    "neumann": one(make("neumann", p("Q", 2, 3, 3), terms=size(3)), powers_to_three),
+    "noise": one(node("noise", (p("X", 4, IN),), (size(4), IN)), torch.zeros_like),
     "rotate_half": one(
         make("rotate_half", p("A6", 12, 3), size=size(6)),
         lambda a: torch.cat([-a[3:6], a[:3], -a[9:], a[6:9]]),
@@ -190,17 +217,24 @@ CASES: dict[str, Case] = {
     "householder": one(make("householder", V), reflection),
     "reflectors": one(make("reflectors", SKEW), reflected_by),
     "orthonormal": one(make("orthonormal", SKEW), lambda a: positive(a)[0]),
+    "qr": one(make("qr", SKEW), lambda a: linalg.qr(a)[0]),
     "butterfly": one(make("butterfly", p("F", 3, 4, 2, 2)), flown),
     "left_singular": one(make("left_singular", SKEW, rank=size(2)), lambda a: signed(a)[0][:, :2]),
     "least_left_singular": one(
         make("least_left_singular", SKEW, rank=size(2)), lambda a: signed(a)[0][:, 1:]
     ),
+    "svd_left": one(make("svd_left", SKEW, rank=size(2)), lambda a: narrow(a)[0][:, :2]),
+    "svd_values": one(make("svd_values", SKEW, rank=size(2)), lambda a: narrow(a)[1][:2]),
+    "svd_right": one(make("svd_right", SKEW, rank=size(2)), lambda a: narrow(a)[2][:2]),
     "singular_values": one(
         make("singular_values", SKEW, rank=size(2)), lambda a: linalg.svdvals(a)[:2]
     ),
     "right_singular": one(make("right_singular", SKEW, rank=size(2)), lambda a: signed(a)[2][:2]),
     "qr_q": one(make("qr_q", SKEW, rank=size(2)), lambda a: positive(a)[0][:, :2]),
     "qr_r": one(make("qr_r", SKEW, rank=size(2)), lambda a: positive(a)[1][:2]),
+    "nf4": one(make("nf4", p("N", 7, 11)), nearest_codes),
+    "int8": one(make("int8", p("N", 7, 11)), whole_parts),
+    "trace": one(make("trace", SQUARE), lambda a: a[0, 0] + a[1, 1] + a[2, 2]),
     "rearrange": one(
         make("rearrange", A, pattern="(n a) r -> r n a", axes=AXES),
         lambda a: rearrange(a, "(n a) r -> r n a", n=3),
@@ -312,6 +346,8 @@ def test_a_number_is_taken_where_a_tensor_without_axes_is(name: str) -> None:
         ("ifft2", (ROW,), {}, "needs 2 axes"),
         ("topk", (number(1),), {"k": size(1)}, "at least 1 axes"),
         ("rotate_half", (BLOCKS,), {"size": size(2)}, "a vector or a matrix"),
+        ("neumann", (A,), {"terms": size(2)}, "not square"),
+        ("noise", (A,), {}, "varies from token to token, and [out, 3] does not"),
         ("skew", (ROW,), {"size": size(4)}, "has 6 entries, not 3"),
         ("concat", (A, B), {"axis": 1}, "differ beside axis 1"),
         ("concat", (A, B), {"axis": 5}, "no axis 5"),

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from factored import FACTORED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from structured import STRUCTURED
@@ -175,14 +176,47 @@ def vera(w: Tensor, p: Parameters, a: Arguments) -> Tensor:
 
 
 def oft(w: Tensor, p: Parameters, a: Arguments) -> Tensor:
-    size = a["block_size"] or w.shape[1] // a["r"]
-    one, blocks = torch.eye(size).double(), list[Tensor]()
-    for v in p["v"]:
-        q = torch.zeros(size, size).double()
-        q[tuple(torch.triu_indices(size, size, 1))] = v
-        q = q - q.t()
-        blocks.append((one - q) @ cast(Tensor, untyped.linalg.inv(one + q)))
-    return w @ cast(Tensor, untyped.block_diag(*blocks)).t()
+    side = w.shape[0 if a["kind"] == "embedding" else 1]
+    size = a["block_size"] or side // a["r"]
+    blocks = [turn(v, size, len(p["v"]), a) for v in p["v"]]
+    turned = cast(Tensor, untyped.block_diag(*(blocks * (side // size if a["block_share"] else 1))))
+    return turned.t() @ w if a["kind"] == "embedding" else w @ turned.t()
+
+
+def turn(v: Tensor, size: int, count: int, a: Arguments) -> Tensor:
+    """One block: the rotation, or the series of it."""
+    q = torch.zeros(size, size).double()
+    q[tuple(torch.triu_indices(size, size, 1))] = v
+    one, q = torch.eye(size).double(), q - q.t()
+    length, most = q.detach().square().sum().sqrt(), a["eps"] / math.sqrt(count)
+    if a["coft"] and length > most:
+        q = most / length * q
+    if not a["use_cayley_neumann"]:
+        return (one - q) @ cast(Tensor, untyped.linalg.inv(one + q))
+    terms = 4 if a["num_cayley_neumann_terms"] == 3 else a["num_cayley_neumann_terms"]
+    total, power = one, one
+    for k in range(1, terms):
+        power = power @ q
+        total = total + (1 if k == terms - 1 and k > 1 else 2) * power
+    return total
+
+
+def pvera(w: Tensor, p: Parameters, a: Arguments) -> Tensor:
+    r, down, up = a["r"], p["A"][:, : w.shape[1]], p["B"][: w.shape[0]]
+    return w + torch.diag(p["g"]) @ up @ torch.diag(p["d"][:r]) @ down[:r]
+
+
+def glora(w: Tensor, p: Parameters, a: Arguments) -> Tensor:
+    if "A_down" in p:
+        return w + w * (p["A_down"] @ p["A_up"]) + p["B_down"] @ p["B_up"]
+    if a["config_A_B"] == "none":
+        return w
+    return w + w * p["A"][:, None] + p["B"][:, None]
+
+
+def glora_bias(b: Tensor, p: Parameters, a: Arguments) -> Tensor:
+    moved = p["C"] if "C" in p else p["C_down"] @ p["C_up"]
+    return b + b * p["D"] + p["E"] + a["W"] @ moved
 
 
 def ia3(w: Tensor, p: Parameters, a: Arguments) -> Tensor:
@@ -243,6 +277,8 @@ BIASES: Mapping[str, Reference] = {
     "ia3": lambda b, p, a: p["l"] * b if a["side"] == "out" else b,
     "road": lambda b, p, a: turns(p, a) @ b,
     "beft": lambda b, p, a: b + p["v"],
+    "lora": lambda b, p, a: b + scaling(a) * p["c"] if a["bias"] else b,
+    "glora": glora_bias,
 }
 """What becomes of the bias, where it does not stay."""
 
@@ -328,7 +364,10 @@ REFERENCES: Mapping[str, Reference] = {
     "randlora": randlora,
     "vblora": vblora,
     **STRUCTURED,
+    **FACTORED,
     "lora": lora,
+    "pvera": pvera,
+    "glora": glora,
     "mica": lora,
     "dora": dora,
     "bone": bone,
@@ -340,6 +379,7 @@ REFERENCES: Mapping[str, Reference] = {
     "hira": hira,
     "delora": delora,
     "adalora": adalora,
+    "ortholora": lora,
     "road": road,
     "beft": beft,
 }
@@ -356,6 +396,23 @@ CASES: Mapping[str, Needs] = {
     "vblora(num_vectors=3, vector_length=3, topk=3, dropout=0.3, init_vector_bank_bound=0)": Needs(
         3, 3
     ),
+    "kasa(r=2, alpha=7, dropout=0.3)": Needs(2, 2),
+    "qalora(r=3, alpha=7, group_size=2, dropout=0.3)": Needs(2),
+    "tinylora(r=3, u=5, dropout=0.3)": Needs(),
+    'bdlora(r=4, nblocks=2, blocks="A", dropout=0.3)': Needs(2, 2),
+    'bdlora(r=6, nblocks=3, blocks="B", alpha=5, rslora=true)': Needs(3, 3),
+    "bdlora(r=3)": Needs(),
+    "psoft(r=2, dropout=0.3)": Needs(2, 2),
+    'psoft(r=2, ab_svd_init="pissa_init", mag_b=false, use_cayley_neumann=true)': Needs(2, 2),
+    "psoft(r=2, orth=false, mag_a=false)": Needs(2, 2),
+    "deft(r=3, alpha=7, dropout=0.3)": Needs(),
+    'deft(r=2, decomposition_method="qr")': Needs(2, 2),
+    "deft(r=2, para=true)": Needs(1, 6),
+    "osf()": Needs(2, 2),
+    "osf(effective_rank=1)": Needs(2, 2),
+    "peanut(r=3)": Needs(),
+    'peanut(r=3, depth=1, act_fn="gelu", scaling=0.5)': Needs(),
+    'peanut(r=2, depth=2, act_fn="tanh", scaling=9)': Needs(),
     "loha(r=3, alpha=7)": Needs(),
     "loha(r=2, use_effective_conv2d=true)": Needs(),
     "lokr(r=8, alpha=5)": Needs(2, 3),
@@ -389,13 +446,24 @@ CASES: Mapping[str, Needs] = {
     'ia3(side="in")': Needs(),
     "vera(r=5)": Needs(),
     "vera(r=7, dropout=0.3, d_initial=0.5)": Needs(),
-    "oft(block_size=2)": Needs(2, 1),
-    "oft(block_size=0, r=3)": Needs(3, 1),
+    "oft(block_size=2)": Needs(2, 2),
+    "oft(block_size=0, r=3)": Needs(3, 3),
+    "oft(block_size=4, use_cayley_neumann=false)": Needs(4, 4),
+    "oft(block_size=3, num_cayley_neumann_terms=2, block_share=true)": Needs(3, 3),
+    "oft(block_size=2, num_cayley_neumann_terms=3, coft=true, eps=2)": Needs(2, 2),
+    "pvera(r=5)": Needs(),
+    "pvera(r=3, dropout=0.3, d_initial=0.5)": Needs(),
+    "glora(r=3)": Needs(),
+    'glora(config_A_B="vector", config_C="vector", config_D_E="vector")': Needs(),
+    'glora(r=2, config_A_B="constant", config_D_E="vector")': Needs(),
+    "lora(r=3, alpha=7, bias=true)": Needs(bias=True),
     "hira(r=3)": Needs(),
     "hira(r=5, dropout=0.3)": Needs(),
     "delora(r=3)": Needs(1, 2),
     "delora(r=5, lambda=40, module_dropout=0.3)": Needs(1, 2),
     "adalora(init_r=5)": Needs(),
+    "ortholora(r=2, alpha=3, dropout=0.3)": Needs(),
+    'dora(r=3, init_weights="gaussian")': Needs(),
     "adalora(init_r=5, r=3, alpha=7, dropout=0.3)": Needs(),
     "road(group_size=2)": Needs(1, 2),
     'road(variant="road_2", group_size=4)': Needs(1, 4),
@@ -468,9 +536,11 @@ class ByHand:
         return (2.5 if dtype is torch.bfloat16 else 32) * torch.finfo(dtype).eps * bound
 
 
-def base_gets_a_bias(method: str) -> bool:
+def base_gets_a_bias(method: str, arguments: Arguments) -> bool:
     """Whether a method adds to the bias even where there is none."""
-    return any(needs.bias for call, needs in CASES.items() if call.startswith(f"{method}("))
+    asked = arguments.get("bias", False)
+    calls = (call for call, needs in CASES.items() if needs.bias)
+    return any(c.startswith(f"{method}(") and ("bias=true" in c) is asked for c in calls)
 
 
 def unchanged(b: Tensor, p: Parameters, a: Arguments) -> Tensor:
@@ -481,7 +551,7 @@ def unchanged(b: Tensor, p: Parameters, a: Arguments) -> Tensor:
 
 def by_hand(compiled: surgery.Compiled, base: Model) -> ByHand:
     form = compiled.plan.sites[0].form
-    arguments = dict(form.arguments)
+    arguments = {**dict(form.arguments), "kind": form.kind.name}
     leaves = {
         name.rpartition(".")[2]: tensor.double().requires_grad_()
         for name, tensor in compiled.parameters().items()
@@ -493,13 +563,14 @@ def by_hand(compiled: surgery.Compiled, base: Model) -> ByHand:
     )
     turned = isinstance(layer, Conv1D | nn.Embedding)
     matrix = weight.t() if turned else weight.flatten(1)
+    arguments["W"] = matrix
     new = REFERENCES[form.method.name](matrix, leaves, arguments)
     largest = matrix.abs() + new.detach().abs()
     largest += 0.2 * largest.max()  # for what cancels within the equation
     weights, bounds = {"weight": new}, {"weight": largest}
     if turned:
         weights, bounds = {"weight": new.t()}, {"weight": largest.t()}
-    if bias is None and base_gets_a_bias(form.method.name):
+    if bias is None and base_gets_a_bias(form.method.name, arguments):
         bias = torch.zeros(matrix.shape[0]).double()
         layer.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
     if bias is not None:
@@ -515,6 +586,10 @@ def by_hand(compiled: surgery.Compiled, base: Model) -> ByHand:
 every_case = pytest.mark.parametrize("call", CASES)
 every_kind = pytest.mark.parametrize("kind", KINDS)
 EXACT_AT_START = (
+    "bdlora",
+    "qalora",
+    "tinylora",
+    "peanut",
     "lora(r",
     "loha",
     "lokr",
@@ -530,6 +605,7 @@ EXACT_AT_START = (
     "adalora",
     "road",
     "beft",
+    "pvera",
     "fourierft",
     "waveft",
     "c3a",
@@ -539,7 +615,7 @@ EXACT_AT_START = (
 )
 """Methods whose change is exactly zero at first; the others compute the same in another order."""
 
-ELSEWHERE_AT_START = ("hra(r=7)",)
+ELSEWHERE_AT_START = ("hra(r=7)", "kasa", "deft(r=2, para")
 """Calls that begin as another function than the layer's own."""
 
 

@@ -36,6 +36,9 @@ METHODS = (
     'road(variant="road_4", group_size=6)',
     "oft(block_size=6)",
     'c3a(block_size=6, init_weights="zeros")',
+    "psoft(r=3)",
+    "glora(r=3)",
+    "peanut(r=5, depth=1)",
 )
 EXPERTS, WIDTH, HEAD = 3, 24, 6
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
