@@ -1,4 +1,4 @@
-"""What the laws do to every model: move an adapter from where it began; look at every bit."""
+"""What many tests do: read a call, move an adapter from where it began, look at every bit."""
 
 from __future__ import annotations
 
@@ -6,6 +6,22 @@ import torch
 from torch import nn
 
 import surgery
+from surgery.algebra.names import Names
+from surgery.arguments import Arguments, arguments
+from surgery.language import syntax as ast
+from surgery.language.library import Library
+from surgery.language.parse import parse
+
+
+def called(call: str) -> tuple[ast.Method, Arguments]:
+    """The method of the library that a call names, and the value of each of its arguments."""
+    (match,) = parse(f"match x apply {call}").statements
+    assert isinstance(match, ast.Match)
+    application = match.application
+    assert isinstance(application, ast.Application)
+    method = Library.standard().method(application.method)
+    assert method is not None
+    return method, arguments(application, method, Names({}, {}))
 
 
 def moved(compiled: surgery.Compiled, adapter: str | None = None) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import called
 from torch import Tensor
 
 from surgery.algebra.axes import evaluate
@@ -19,29 +20,17 @@ from surgery.algebra.equations import Equations
 from surgery.algebra.expr import Expr, walk
 from surgery.algebra.interpret import Domain, Evaluator
 from surgery.language import syntax as ast
-from surgery.language.library import Library
 from surgery.language.parse import parse
 
-CALLS: dict[str, dict[str, object]] = {
-    "lora": {
-        "r": 2,
-        "alpha": 3.0,
-        "dropout": 0.5,
-        "rslora": False,
-        "init_weights": "default",
-    },
-    "dora": {
-        "r": 2,
-        "alpha": 2.0,
-        "dropout": 0.0,
-        "rslora": False,
-        "init_weights": "default",
-    },
-    "bone": {"r": 5},
-    "ia3": {"side": "out"},
-    "oft": {"block_size": 7, "r": 0},
-    "vera": {"r": 3, "projection_prng_key": 0, "dropout": 0.0, "d_initial": 0.1},
+CALLS = {
+    "lora": "lora(r=2, alpha=3, dropout=0.5)",
+    "dora": "dora(r=2)",
+    "bone": "bone(r=5)",
+    "ia3": "ia3()",
+    "oft": "oft(block_size=7, use_cayley_neumann=false)",
+    "vera": "vera(r=3)",
 }
+FACTS = (("has_bias", True), ("kind", "linear"))
 SIZES = {"in": 14, "out": 11, "channels": 14}
 
 calls = st.sampled_from(sorted(CALLS))
@@ -49,9 +38,8 @@ calls = st.sampled_from(sorted(CALLS))
 
 @cache
 def of(name: str) -> Equations:
-    method = Library.standard().method(name)
-    assert method is not None
-    return instantiate(method, tuple(CALLS[name].items()))
+    method, arguments = called(CALLS[name])
+    return instantiate(method, arguments, facts=FACTS)
 
 
 def own(body: str) -> Equations:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
+from support import called
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,180 +25,104 @@ SITE = {"in": 12, "out": 20, "channels": 12}
 FACTS = (("has_bias", True), ("kind", "linear"))
 LIBRARY = Library.standard()
 
-# Arguments that fit the site, and how a merge with them can be taken back.
-CASES: dict[str, list[tuple[dict[str, object], str]]] = {
-    "lora": [
-        (
-            {
-                "r": 5,
-                "alpha": 3.0,
-                "dropout": p,
-                "rslora": p > 0,
-                "init_weights": init,
-                "bias": p > 0,
-            },
-            "algebraic",
-        )
-        for p in (0.0, 0.1)
-        for init in ("default", "gaussian", "pissa", "olora")
-    ],
-    "pvera": [
-        ({"r": 5, "projection_prng_key": 0, "dropout": 0.1, "d_initial": 0.1}, "algebraic"),
-    ],
-    "glora": [
-        ({"r": 3, "config_A_B": some, "config_C": other, "config_D_E": other}, "algebraic")
-        for some, other in (("lora", "vector"), ("vector", "vector"), ("constant", "vector"))
-    ],
-    "mica": [({"r": 5, "alpha": 3.0, "dropout": 0.1, "rslora": False}, "algebraic")],
-    "dora": [
-        ({"r": 5, "alpha": 3.0, "dropout": p, "rslora": p > 0, "init_weights": init}, "witness")
-        for p, init in ((0.0, "default"), (0.1, "gaussian"), (0.1, "eva"))
-    ],
-    "ia3": [({"side": "out"}, "algebraic"), ({"side": "in"}, "algebraic")],
-    "vera": [
-        ({"r": 7, "projection_prng_key": 0, "dropout": 0.1, "d_initial": 0.1}, "algebraic"),
-    ],
-    "oft": [
-        (
-            {
-                "block_size": 0 if r else 4,
-                "r": r,
-                "use_cayley_neumann": terms > 0,
-                "num_cayley_neumann_terms": terms,
-                "coft": r > 0,
-                "eps": 0.5,
-                "block_share": share,
-            },
-            "algebraic",
-        )
-        for r, terms, share in ((0, 0, False), (3, 0, True), (0, 5, True), (3, 2, False))
-    ],
-    "bone": [({"r": 5}, "algebraic")],
-    "loha": [
-        (
-            {
-                "r": 5,
-                "alpha": 3.0,
-                "use_effective_conv2d": core,
-                "rank_dropout": 0.1,
-                "module_dropout": 0.2,
-            },
-            "algebraic",
-        )
-        for core in (False, True)
-    ],
-    "lokr": [
-        (
-            {
-                "r": r,
-                "alpha": 3.0,
-                "decompose_both": both,
-                "decompose_factor": -1,
-                "use_effective_conv2d": True,
-                "rank_dropout": 0.1,
-                "rank_dropout_scale": both,
-                "module_dropout": 0.2,
-            },
-            "algebraic",
-        )
-        for r, both in ((1, True), (1, False), (3, False))
-    ],
-    "hra": [({"r": r, "apply_GS": r < 4}, "algebraic") for r in (3, 4)],
-    "boft": [
-        ({"block_size": 2, "block_num": 0, "n_butterfly_factor": 2}, "algebraic"),
-        ({"block_size": 0, "block_num": 4, "n_butterfly_factor": 1}, "algebraic"),
-    ],
-    "gralora": [
-        ({"r": 6, "hybrid_r": rest, "alpha": 3.0, "k": 2, "dropout": 0.1}, "algebraic")
-        for rest in (0, 3)
-    ],
-    "adalora": [({"init_r": 5, "r": 4, "alpha": 3.0, "dropout": 0.1}, "algebraic")],
-    "beft": [({}, "exact")],
-    "c3a": [({"block_size": 4, "init_weights": "zeros"}, "algebraic")],
-    "delora": [({"r": 5, "lambda": 15.0, "module_dropout": 0.1}, "algebraic")],
-    "fourierft": [
-        (
-            {"n_frequency": 9, "scaling": 2.0, "random_loc_seed": 3, "init_weights": False},
-            "algebraic",
-        )
-    ],
-    "hira": [({"r": 5, "dropout": 0.1}, "snapshot")],
-    "randlora": [({"r": 4, "alpha": 3.0, "projection_prng_key": 0, "dropout": 0.1}, "algebraic")],
-    "road": [
-        ({"variant": variant, "group_size": 10}, "snapshot")
-        for variant in ("road_1", "road_2", "road_4")
-    ],
-    "shira": [({"r": 2, "random_seed": 3}, "algebraic")],
-    "vblora": [
-        (
-            {
-                "r": 2,
-                "num_vectors": 6,
-                "vector_length": 4,
-                "topk": 2,
-                "dropout": 0.1,
-                "init_vector_bank_bound": 0.02,
-                "init_logits_std": 0.1,
-            },
-            "algebraic",
-        )
-    ],
-    "waveft": [
-        (
-            {"n_frequency": 9, "scaling": 2.0, "random_loc_seed": 3, "use_idwt": wavelets},
-            "algebraic",
-        )
-        for wavelets in (True, False)
-    ],
-    "bat": [({"r": 4}, "algebraic")],
-    "miss": [
-        ({"r": 4, "mini_r": 1, "init_weights": kind, "dropout": 0.0}, "algebraic")
-        for kind in ("default", "mini", "bat")
-    ],
-    "eva": [
-        (
-            {
-                "r": 4,
-                "alpha": 3.0,
-                "dropout": 0.1,
-                "rslora": True,
-                "rho": 2.0,
-                "whiten": whiten,
-                "adjust_scaling_factors": whiten,
-            },
-            "algebraic",
-        )
-        for whiten in (True, False)
-    ],
-    "corda": [
-        (
-            {"r": 4, "alpha": 3.0, "dropout": 0.1, "rslora": False, "corda_method": kind},
-            "algebraic",
-        )
-        for kind in ("ipm", "kpm")
-    ],
-    "lora_ga": [
-        (
-            {
-                "r": 4,
-                "alpha": 3.0,
-                "dropout": 0.1,
-                "rslora": False,
-                "direction": direction,
-                "scale": scale,
-                "stable_gamma": 16.0,
-            },
-            "algebraic",
-        )
-        for direction, scale in (("ArB2r", "stable"), ("A2rBr", "gd_scale"), ("ArBr", "unit"))
-    ],
-    "loftq": [
-        ({"r": 4, "alpha": 3.0, "dropout": 0.1, "rslora": False, "rounding": b}, "algebraic")
-        for b in ("nf4", "int8")
-    ],
-    "ortholora": [({"r": 4, "alpha": 3.0, "dropout": 0.1, "rslora": False}, "algebraic")],
-}
-EVERY = [(name, *case) for name, cases in CASES.items() for case in cases]
+# Calls that fit the site, and how a merge with them can be taken back.
+CASES = (
+    ("lora(r=5, alpha=3)", "algebraic"),
+    ('lora(r=5, alpha=3, init_weights="gaussian")', "algebraic"),
+    ('lora(r=5, alpha=3, init_weights="pissa")', "algebraic"),
+    ('lora(r=5, alpha=3, init_weights="olora")', "algebraic"),
+    ("lora(r=5, alpha=3, dropout=0.1, rslora=true, bias=true)", "algebraic"),
+    (
+        'lora(r=5, alpha=3, dropout=0.1, init_weights="gaussian", bias=true)',
+        "algebraic",
+    ),
+    ('lora(r=5, alpha=3, dropout=0.1, init_weights="pissa", bias=true)', "algebraic"),
+    ('lora(r=5, alpha=3, dropout=0.1, init_weights="olora", bias=true)', "algebraic"),
+    ("pvera(r=5, dropout=0.1)", "algebraic"),
+    ('glora(r=3, config_C="vector", config_D_E="vector")', "algebraic"),
+    ('glora(r=3, config_A_B="vector", config_C="vector", config_D_E="vector")', "algebraic"),
+    ('glora(r=3, config_A_B="constant", config_C="vector", config_D_E="vector")', "algebraic"),
+    ("mica(r=5, alpha=3, dropout=0.1)", "algebraic"),
+    ("dora(r=5, alpha=3)", "witness"),
+    ('dora(r=5, alpha=3, dropout=0.1, init_weights="gaussian")', "witness"),
+    ('dora(r=5, alpha=3, dropout=0.1, init_weights="eva")', "witness"),
+    ("ia3()", "algebraic"),
+    ('ia3(side="in")', "algebraic"),
+    ("vera(r=7, dropout=0.1)", "algebraic"),
+    (
+        "oft(block_size=4, use_cayley_neumann=false)",
+        "algebraic",
+    ),
+    (
+        "oft(block_size=0, r=3, use_cayley_neumann=false, coft=true, block_share=true)",
+        "algebraic",
+    ),
+    ("oft(block_size=4, block_share=true)", "algebraic"),
+    ("oft(block_size=0, r=3, num_cayley_neumann_terms=2, coft=true)", "algebraic"),
+    ("bone(r=5)", "algebraic"),
+    ("loha(r=5, alpha=3, rank_dropout=0.1, module_dropout=0.2)", "algebraic"),
+    (
+        "loha(r=5, alpha=3, use_effective_conv2d=true, rank_dropout=0.1)",
+        "algebraic",
+    ),
+    (
+        "lokr(r=1, alpha=3, decompose_both=true, module_dropout=0.2)",
+        "algebraic",
+    ),
+    (
+        "lokr(r=1, alpha=3, use_effective_conv2d=true, rank_dropout=0.1)",
+        "algebraic",
+    ),
+    ("lokr(r=3, use_effective_conv2d=true, rank_dropout=0.1)", "algebraic"),
+    ("hra(r=3, apply_GS=true)", "algebraic"),
+    ("hra(r=4)", "algebraic"),
+    ("boft(block_size=2, n_butterfly_factor=2)", "algebraic"),
+    ("boft(block_size=0, block_num=4)", "algebraic"),
+    ("gralora(r=6, alpha=3, dropout=0.1)", "algebraic"),
+    ("gralora(r=6, hybrid_r=3, alpha=3, dropout=0.1)", "algebraic"),
+    ("adalora(init_r=5, r=4, alpha=3, dropout=0.1)", "algebraic"),
+    ("beft()", "exact"),
+    ('c3a(block_size=4, init_weights="zeros")', "algebraic"),
+    ("delora(r=5, module_dropout=0.1)", "algebraic"),
+    ("fourierft(n_frequency=9, scaling=2, random_loc_seed=3)", "algebraic"),
+    ("hira(r=5, dropout=0.1)", "snapshot"),
+    ("randlora(r=4, alpha=3, dropout=0.1)", "algebraic"),
+    ("road(group_size=10)", "snapshot"),
+    ('road(variant="road_2", group_size=10)', "snapshot"),
+    ('road(variant="road_4", group_size=10)', "snapshot"),
+    ("shira(r=2, random_seed=3)", "algebraic"),
+    ("vblora(r=2, num_vectors=6, vector_length=4, dropout=0.1)", "algebraic"),
+    ("waveft(n_frequency=9, scaling=2, random_loc_seed=3)", "algebraic"),
+    ("waveft(n_frequency=9, scaling=2, random_loc_seed=3, use_idwt=false)", "algebraic"),
+    ("bat(r=4)", "algebraic"),
+    ("miss(r=4)", "algebraic"),
+    ('miss(r=4, init_weights="mini")', "algebraic"),
+    ('miss(r=4, init_weights="bat")', "algebraic"),
+    ("eva(r=4, alpha=3, dropout=0.1, rslora=true, whiten=true)", "algebraic"),
+    ("eva(r=4, alpha=3, dropout=0.1, rslora=true, adjust_scaling_factors=false)", "algebraic"),
+    ("corda(r=4, alpha=3, dropout=0.1)", "algebraic"),
+    ('corda(r=4, alpha=3, dropout=0.1, corda_method="kpm")', "algebraic"),
+    ("lora_ga(r=4, alpha=3, dropout=0.1)", "algebraic"),
+    ('lora_ga(r=4, alpha=3, dropout=0.1, direction="A2rBr", scale="gd_scale")', "algebraic"),
+    ('lora_ga(r=4, alpha=3, dropout=0.1, direction="ArBr", scale="unit")', "algebraic"),
+    ("loftq(r=4, alpha=3, dropout=0.1)", "algebraic"),
+    ('loftq(r=4, alpha=3, dropout=0.1, rounding="int8")', "algebraic"),
+    ("ortholora(r=4, alpha=3, dropout=0.1)", "algebraic"),
+    ("kasa(r=4, alpha=3, dropout=0.1)", "algebraic"),
+    ("qalora(r=5, alpha=3, group_size=4, dropout=0.1)", "algebraic"),
+    ("tinylora(r=3, u=5, dropout=0.1)", "algebraic"),
+    ('bdlora(r=4, nblocks=2, blocks="A", dropout=0.1)', "algebraic"),
+    ('bdlora(r=4, nblocks=2, blocks="B", rslora=true)', "algebraic"),
+    ("psoft(r=5, dropout=0.1)", "algebraic"),
+    ('psoft(r=5, ab_svd_init="pissa_init", use_cayley_neumann=true)', "algebraic"),
+    ("deft(r=3, alpha=2, dropout=0.1)", "snapshot"),
+    ('deft(r=3, decomposition_method="qr")', "snapshot"),
+    ("deft(r=3, para=true)", "snapshot"),
+    ("osf()", "algebraic"),
+    ('peanut(r=3, depth=2, act_fn="gelu")', "snapshot"),
+    ("peanut(r=3)", "snapshot"),
+)
+every_case = pytest.mark.parametrize(("call", "merge_class"), CASES)
 
 
 def method(name: str) -> ast.Method:
@@ -206,8 +131,9 @@ def method(name: str) -> ast.Method:
     return found
 
 
-def derived(name: str, arguments: dict[str, object], has_bias: bool = True) -> Derived:
-    equations = instantiate(method(name), tuple(arguments.items()), tuple(SITE.items()), FACTS)
+def derived(call: str, has_bias: bool = True) -> Derived:
+    found, arguments = called(call)
+    equations = instantiate(found, arguments, tuple(SITE.items()), FACTS)
     return derive(equations, has_bias)
 
 
@@ -231,7 +157,7 @@ def values(known: Mapping[str, Tensor] | None = None) -> Evaluator:
 
 
 def test_every_method_of_the_library_has_its_cases() -> None:
-    assert set(LIBRARY.names()) == CASES.keys()
+    assert set(LIBRARY.names()) == {called(call)[0].name for call, _ in CASES}
 
 
 @pytest.mark.parametrize("name", LIBRARY.names())
@@ -239,11 +165,9 @@ def test_every_method_of_the_library_is_sound(name: str) -> None:
     assert check_definition(method(name)) == ()
 
 
-@pytest.mark.parametrize(("name", "arguments", "merge_class"), EVERY)
-def test_a_merge_is_taken_back_by_what_it_keeps(
-    name: str, arguments: dict[str, object], merge_class: str
-) -> None:
-    found = derived(name, arguments)
+@every_case
+def test_a_merge_is_taken_back_by_what_it_keeps(call: str, merge_class: str) -> None:
+    found = derived(call)
     assert found.merge_class == merge_class
     assert found.still is not None
     if merge_class in ("exact", "snapshot"):
@@ -257,28 +181,25 @@ def test_a_merge_is_taken_back_by_what_it_keeps(
     assert not torch.allclose(merged, leaf(WEIGHT))
 
 
-@pytest.mark.parametrize(("name", "arguments", "merge_class"), EVERY)
-def test_every_parameter_has_a_part_in_the_merge(
-    name: str, arguments: dict[str, object], merge_class: str
-) -> None:
+@every_case
+def test_every_parameter_has_a_part_in_the_merge(call: str, merge_class: str) -> None:
     del merge_class
-    found = derived(name, arguments)
+    found = derived(call)
     assert found.merged is not None
     names = parameters_in(found.merged.weight) | parameters_in(found.merged.bias)
     assert names == {p.name for p in found.equations.parameters}
 
 
 def test_a_norm_of_the_weight_is_the_only_thing_to_keep() -> None:
-    arguments: dict[str, object] = {"r": 5, "alpha": 3.0, "dropout": 0.1, "rslora": False}
-    found = derived("dora", {**arguments, "init_weights": "default"})
+    found = derived("dora(r=5, alpha=3, dropout=0.1)")
     ((name, witness),) = found.inverse.witnesses
     assert name == "witness0"
     assert numbers(witness, SITE) == (20,)
 
 
 def test_scaled_outputs_scale_the_bias_and_scaled_inputs_do_not() -> None:
-    out = derived("ia3", {"side": "out"}).merged
-    into = derived("ia3", {"side": "in"}).merged
+    out = derived('ia3(side="out")').merged
+    into = derived('ia3(side="in")').merged
     assert out is not None
     assert into is not None
     x = torch.randn(3, 12, dtype=torch.float64)

@@ -163,7 +163,7 @@ def test_three_methods_and_arguments_that_a_site_decides() -> None:
     first, last = compiled.plan.sites
     assert first.form.call == (
         'ia3(side="out") then lora(r=2, alpha=2, dropout=0, rslora=false, '
-        'init_weights="default") then bone(r=7)'
+        'init_weights="default", bias=false) then bone(r=7)'
     )
     assert [*first.form.shapes] == ["l", "A_2", "B_2", "D_3"]
     assert dict(last.form.links[1].arguments)["r"] == 3
@@ -482,7 +482,7 @@ def test_a_chain_has_an_end() -> None:
 
 def test_a_plan_names_the_methods_of_a_chain() -> None:
     plan = surgery.plan("match a apply ia3() then lora(r=4)", two())
-    lora = 'lora(r=4, alpha=4, dropout=0, rslora=false, init_weights="default")'
+    lora = 'lora(r=4, alpha=4, dropout=0, rslora=false, init_weights="default", bias=false)'
     assert f'ia3(side="out") then {lora}' in str(plan)
     (site,) = cast("list[dict[str, Any]]", plan.as_json()["sites"])
     assert (site["method"], site["arguments"]) == ("ia3", {"side": "out"})
