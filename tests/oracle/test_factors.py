@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import peft
 import pytest
 import torch
+from beside_peft import (
+    Case,
+    attaches,
+    begins,
+    close,
+    every,
+    fed,
+    loads,
+    moved,
+    output,
+    saved_by_peft,
+)
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig
 from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.variants import QALoraLinearVariant
-from small_models import TOKENS, bert, gpt2, llama
-from torch import Tensor, nn
+from small_models import bert, gpt2, llama
+from torch import nn
 
 import surgery
 from surgery.store import read_tensors
@@ -31,29 +42,13 @@ pytestmark = [
 hf: Any = peft
 untyped: Any = torch
 
-ROWS = torch.randn(5, 12, generator=torch.Generator().manual_seed(4))
+FAR = 0.2  # of what is moved
 
 
 def dense() -> nn.Module:
     untyped.manual_seed(0)
-    return nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 8, bias=False)).eval()
-
-
-def output(model: nn.Module) -> Tensor:
-    inner = model.get_base_model() if isinstance(model, peft.PeftModel) else model
-    if isinstance(inner, nn.Sequential):
-        return cast(Tensor, model(ROWS))
-    return cast(Tensor, model(TOKENS).last_hidden_state)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A config of peft's, and a spec of ours that peft has a config for as well."""
-
-    name: str
-    model: Callable[[], nn.Module]
-    config: Callable[[], peft.PeftConfig]
-    spec: str
+    layers = nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 8, bias=False)
+    return fed(nn.Sequential(*layers), 5, 12)
 
 
 BOTH = ["0", "2"]
@@ -231,30 +226,6 @@ CASES = (
 """Three configurations of each method."""
 
 
-def name_of(case: Case) -> str:
-    return case.name
-
-
-def moved(tensors: dict[str, Tensor]) -> None:
-    """Parameters away from where they begin, so that the adapter does something."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name in sorted(tensors):
-            tensor = tensors[name]
-            tensor.add_(0.2 * torch.randn(tensor.shape, generator=generator))
-
-
-def trained(model: nn.Module) -> dict[str, Tensor]:
-    return {n: p.data for n, p in model.named_parameters() if p.requires_grad}
-
-
-def saved_by_peft(make: Callable[[], nn.Module], config: peft.PeftConfig, at: Path) -> nn.Module:
-    model = cast(peft.PeftModel, hf.get_peft_model(make(), config))
-    moved(trained(model))
-    model.save_pretrained(str(at))
-    return model.eval()
-
-
 def pooled(config: peft.LoraConfig) -> peft.PeftModel:
     """peft's model in the form that it has on quantised layers alone."""
     model = cast(peft.PeftModel, hf.get_peft_model(dense(), config))
@@ -273,12 +244,12 @@ def test_pooled_inputs_are_as_on_quantised_layers(size: int, tmp_path: Path) -> 
         r=3, lora_alpha=5, use_qalora=True, qalora_group_size=size, target_modules=BOTH
     )
     theirs = pooled(config)
-    moved(trained(theirs))
+    moved(theirs, FAR)
     theirs.save_pretrained(str(tmp_path / "theirs"))
     expected = output(theirs.eval())
     assert (expected - output(dense())).abs().max() > 1e-3
     ours = surgery.attach(tmp_path / "theirs", dense())
-    torch.testing.assert_close(output(ours.model), expected, atol=1e-5, rtol=1e-4)
+    close(output(ours.model), expected)
     assert ours.save(tmp_path / "ours").peft == ""
     written, wanted = (
         dict(read_tensors(tmp_path / n / "adapter_model.safetensors")) for n in ("ours", "theirs")
@@ -286,7 +257,7 @@ def test_pooled_inputs_are_as_on_quantised_layers(size: int, tmp_path: Path) -> 
     assert written.keys() == wanted.keys()
     assert all(torch.equal(t, wanted[k]) for k, t in written.items())
     ours.inverse.merge()
-    torch.testing.assert_close(output(ours.model), expected, atol=1e-5, rtol=1e-4)
+    close(output(ours.model), expected)
 
 
 @pytest.mark.parametrize(
@@ -309,15 +280,15 @@ def test_parts_of_equal_size_are_those_that_peft_takes(
             untyped.nn.init.orthogonal_(weight)
         return model
 
-    expected = output(saved_by_peft(orthogonal, config, tmp_path))
+    expected = output(saved_by_peft(orthogonal, config, tmp_path, FAR))
     ours = surgery.attach(tmp_path, orthogonal())
-    torch.testing.assert_close(output(ours.model), expected, atol=1e-5, rtol=1e-4)
+    close(output(ours.model), expected)
 
 
 def test_groups_in_another_order_than_the_models_are_in_no_folder(tmp_path: Path) -> None:
     spec = "match 0 apply tinylora(r=2, u=7, group=1)\nmatch 2 apply tinylora(r=2, u=7)"
     compiled = surgery.compile(spec, dense())
-    moved(trained(compiled.model))
+    moved(compiled.model, FAR)
     assert "peft cannot say group = 1 at `0`" in compiled.save(tmp_path).peft
     ours = surgery.attach(tmp_path, dense())
     assert torch.equal(output(ours.model), output(compiled.model))
@@ -377,51 +348,18 @@ def test_gradients_are_at_right_angles_to_what_is_kept() -> None:
             torch.testing.assert_close(found, given[key].grad, atol=1e-4, rtol=1e-3)
 
 
-every_case = pytest.mark.parametrize("case", CASES, ids=name_of)
-
-
-@every_case
+@every(CASES)
 def test_what_peft_saves_attaches(case: Case, tmp_path: Path) -> None:
-    theirs = saved_by_peft(case.model, case.config(), tmp_path)
-    expected = output(theirs)
-    base = case.model()
-    weights = {n: t.clone() for n, t in base.state_dict().items()}
-    before = output(base)
-    assert (expected - before).abs().max() > 1e-3
-    ours = surgery.attach(tmp_path, base)
-    torch.testing.assert_close(output(ours.model), expected, atol=1e-5, rtol=1e-4)
-    merged = output(cast(Any, theirs).merge_and_unload())
-    torch.testing.assert_close(merged, expected, atol=1e-5, rtol=1e-4)
-    ours.inverse.merge()
-    torch.testing.assert_close(output(ours.model), merged, atol=1e-5, rtol=1e-4)
-    ours.inverse.unmerge()
-    torch.testing.assert_close(output(ours.model), expected, atol=1e-5, rtol=1e-4)
-    ours.inverse.unload()
-    assert all(torch.equal(t, weights[n]) for n, t in base.state_dict().items())
+    attaches(case, tmp_path, FAR)
 
 
-@every_case
+@every(CASES)
 def test_what_we_save_peft_loads_and_we_attach_again(case: Case, tmp_path: Path) -> None:
-    compiled = surgery.compile(case.spec, case.model())
-    moved(trained(compiled.model))
-    expected = output(compiled.model)
-    assert (expected - output(case.model())).abs().max() > 1e-3
-    assert compiled.save(tmp_path).peft == ""
-    theirs = hf.PeftModel.from_pretrained(case.model(), str(tmp_path)).eval()
-    torch.testing.assert_close(output(theirs), expected, atol=1e-5, rtol=1e-4)
-    wanted = cast("dict[str, Tensor]", hf.get_peft_model_state_dict(theirs))
-    written = compiled.mapping.rename(compiled.parameters(), to="peft")
-    assert {k: v.shape for k, v in written.items()} == {k: v.shape for k, v in wanted.items()}
-    ours = surgery.attach(tmp_path, case.model())
-    assert torch.equal(output(ours.model), expected)
+    loads(case, tmp_path, FAR)
 
 
-@every_case
+@every(CASES)
 def test_the_beginning_is_pefts_kind(case: Case) -> None:
-    """Both begin as the base, or both as the same other thing."""
-    base = output(case.model())
-    theirs = output(cast(nn.Module, hf.get_peft_model(case.model(), case.config()).eval()))
-    ours = output(surgery.compile(case.spec, case.model()).model)
+    """Both begin as the base, or both as something else."""
     elsewhere = case.name.startswith("kasa") or "nothing" in case.name
-    assert torch.allclose(ours, base, atol=1e-5) is not elsewhere
-    assert torch.allclose(theirs, base, atol=1e-5) is not elsewhere
+    assert begins(case) == (not elsewhere, not elsewhere)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import peft
 import pytest
 import torch
-from small_models import TOKENS, bert, gpt2, llama
+from beside_peft import Case, attaches, begins, close, every, fed, loads, output, saved_by_peft
+from small_models import bert, gpt2, llama
 from torch import Tensor, nn
 
 import surgery
@@ -34,7 +34,8 @@ untyped: Any = torch
 
 def dense() -> nn.Module:
     untyped.manual_seed(0)
-    return nn.Sequential(nn.Linear(24, 20), nn.ReLU(), nn.Linear(20, 14, bias=False)).eval()
+    layers = nn.Linear(24, 20), nn.ReLU(), nn.Linear(20, 14, bias=False)
+    return fed(nn.Sequential(*layers), 2, 3, 24)
 
 
 class Pictures(nn.Module):
@@ -53,33 +54,10 @@ class Pictures(nn.Module):
 
 def pictures() -> nn.Module:
     untyped.manual_seed(3)
-    return Pictures().eval()
-
-
-INPUTS: tuple[tuple[type[nn.Module], tuple[int, ...]], ...] = (
-    (Pictures, (2, 4, 11, 9)),
-    (nn.Sequential, (2, 3, 24)),
-)
-
-
-def output(model: nn.Module) -> Tensor:
-    inner = model.get_base_model() if isinstance(model, peft.PeftModel) else model
-    for kind, shape in INPUTS:
-        if isinstance(inner, kind):
-            generator = torch.Generator().manual_seed(4)
-            return cast(Tensor, model(torch.randn(shape, generator=generator)))
-    return cast(Tensor, model(TOKENS).last_hidden_state)
+    return fed(Pictures(), 2, 4, 11, 9)
 
 
 # -------------------------------------------------------------------------------------- cases
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    model: Callable[[], nn.Module]
-    config: Callable[[], peft.PeftConfig]
-    spec: str
 
 
 PAIR = ["q_proj", "v_proj"]
@@ -233,69 +211,19 @@ CASES = (
 )
 
 
-def name_of(case: Case) -> str:
-    return case.name
-
-
-def moved(tensors: dict[str, Tensor]) -> None:
-    """Parameters away from where they begin, so that the adapter does something."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name in sorted(tensors):
-            tensor = tensors[name]
-            tensor.add_(0.3 * torch.randn(tensor.shape, generator=generator))
-
-
-def saved_by_peft(make: Callable[[], nn.Module], config: peft.PeftConfig, at: Path) -> nn.Module:
-    model = cast(peft.PeftModel, hf.get_peft_model(make(), config))
-    moved({n: p.data for n, p in model.named_parameters() if p.requires_grad})
-    model.save_pretrained(str(at))
-    return model.eval()
-
-
-def saved_by_us(case: Case, directory: Path) -> surgery.Compiled:
-    compiled = surgery.compile(case.spec, case.model())
-    moved({n: p.data for n, p in compiled.model.named_parameters() if p.requires_grad})
-    assert compiled.save(directory).peft == ""
-    return compiled
-
-
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+@every(CASES)
 def test_what_peft_saves_attaches(case: Case, tmp_path: Path) -> None:
-    expected = output(saved_by_peft(case.model, case.config(), tmp_path))
-    before = output(case.model())
-    assert (expected - before).abs().max() > 1e-3
-    ours = surgery.attach(tmp_path, case.model())
-    torch.testing.assert_close(output(ours.model), expected, atol=1e-5, rtol=1e-4)
-    ours.inverse.merge()
-    torch.testing.assert_close(output(ours.model), expected, atol=1e-4, rtol=1e-3)
-    ours.inverse.unmerge()
-    torch.testing.assert_close(output(ours.model), expected, atol=1e-5, rtol=1e-4)
-    ours.inverse.unload()
-    assert torch.equal(output(ours.model), before)
+    attaches(case, tmp_path)
 
 
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+@every(CASES)
 def test_what_we_save_peft_loads(case: Case, tmp_path: Path) -> None:
-    compiled = saved_by_us(case, tmp_path)
-    expected = output(compiled.model.eval())
-    theirs = hf.PeftModel.from_pretrained(case.model(), str(tmp_path)).eval()
-    assert (expected - output(case.model())).abs().max() > 1e-3
-    torch.testing.assert_close(output(theirs), expected, atol=1e-5, rtol=1e-4)
-    wanted = cast("dict[str, Tensor]", hf.get_peft_model_state_dict(theirs))
-    written = compiled.mapping.rename(compiled.parameters(), to="peft")
-    # Of an embedding that it adapts, peft's own file may have the base besides.
-    own = {k: v.shape for k, v in wanted.items() if "base_layer" not in k}
-    assert {k: v.shape for k, v in written.items()} == own
+    loads(case, tmp_path)
 
 
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+@every(CASES)
 def test_the_beginning_is_the_base(case: Case) -> None:
-    base = output(case.model())
-    theirs = output(cast(nn.Module, hf.get_peft_model(case.model(), case.config()).eval()))
-    ours = output(surgery.compile(case.spec, case.model()).model.eval())
-    torch.testing.assert_close(ours, base, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(theirs, base, atol=1e-5, rtol=1e-4)
+    assert begins(case) == (True, True)
 
 
 @pytest.mark.parametrize("name", ["pvera", "pvera on Conv1D", "pvera of one layer"])
@@ -310,7 +238,7 @@ def test_what_is_drawn_in_training_is_what_peft_draws(name: str, tmp_path: Path)
         untyped.manual_seed(6)
         drawn.append(output(model))
     assert (quiet - drawn[1]).abs().max() > 1e-3
-    torch.testing.assert_close(drawn[1], drawn[0], atol=1e-5, rtol=1e-4)
+    close(drawn[1], drawn[0])
 
 
 DROPPING: dict[str, Callable[[], peft.PeftConfig]] = {
@@ -328,7 +256,7 @@ DROPPING: dict[str, Callable[[], peft.PeftConfig]] = {
 def test_what_is_dropped_in_training_is_what_peft_drops(name: str, tmp_path: Path) -> None:
     theirs = saved_by_peft(dense, DROPPING[name](), tmp_path)
     ours = surgery.attach(tmp_path, dense()).model
-    torch.testing.assert_close(output(ours.eval()), output(theirs), atol=1e-5, rtol=1e-4)
+    close(output(ours.eval()), output(theirs))
     quiet, differs = output(ours), 0
     for seed in range(20):
         drawn: list[Tensor] = []
@@ -338,7 +266,7 @@ def test_what_is_dropped_in_training_is_what_peft_drops(name: str, tmp_path: Pat
                 torch.rand(1)
             drawn.append(output(model))
         differs += not torch.allclose(drawn[1], quiet, atol=1e-3)
-        torch.testing.assert_close(drawn[1], drawn[0], atol=1e-5, rtol=1e-4)
+        close(drawn[1], drawn[0])
     assert differs > 2
 
 
@@ -364,14 +292,11 @@ def test_what_is_dropped_in_training_is_what_peft_drops(name: str, tmp_path: Pat
 def test_sites_of_which_a_pattern_says_otherwise(
     config: peft.PeftConfig, pattern: str, spec: str, tmp_path: Path
 ) -> None:
-    expected = output(saved_by_peft(llama, config, tmp_path / "theirs"))
-    ours = surgery.attach(tmp_path / "theirs", llama())
-    torch.testing.assert_close(output(ours.model), expected, atol=1e-5, rtol=1e-4)
-    compiled = saved_by_us(Case("", llama, lambda: config, spec), tmp_path / "ours")
+    case = Case("", llama, lambda: config, spec)
+    attaches(case, tmp_path / "theirs")
+    loads(case, tmp_path / "ours")
     written = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
     assert len(written[pattern]) == 2
-    theirs = hf.PeftModel.from_pretrained(llama(), str(tmp_path / "ours")).eval()
-    torch.testing.assert_close(output(theirs), output(compiled.model), atol=1e-5, rtol=1e-4)
 
 
 def test_a_series_of_before_it_was_changed_is_refused(tmp_path: Path) -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import peft
 import pytest
 import torch
+from beside_peft import Case, attaches, begins, close, every, fed, loads, output, saved_by_peft
 from peft.tuners.boft import layer as butterflies
 from peft.tuners.lokr.layer import factorization
-from small_models import TOKENS, bert, gpt2, llama
+from small_models import bert, gpt2, llama
 from torch import Tensor, nn
 
 import surgery
@@ -48,7 +48,8 @@ def extension(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def dense() -> nn.Module:
     untyped.manual_seed(0)
-    return nn.Sequential(nn.Linear(24, 20), nn.ReLU(), nn.Linear(20, 14, bias=False)).eval()
+    layers = nn.Linear(24, 20), nn.ReLU(), nn.Linear(20, 14, bias=False)
+    return fed(nn.Sequential(*layers), 2, 3, 24)
 
 
 def loud(model: nn.Module) -> nn.Module:
@@ -80,7 +81,7 @@ class Pictures(nn.Module):
 
 def pictures() -> nn.Module:
     untyped.manual_seed(3)
-    return loud(Pictures().eval())
+    return loud(fed(Pictures(), 2, 4, 11, 9))
 
 
 class Waves(nn.Module):
@@ -101,34 +102,10 @@ class Waves(nn.Module):
 
 def waves() -> nn.Module:
     untyped.manual_seed(4)
-    return loud(Waves().eval())
-
-
-INPUTS: tuple[tuple[type[nn.Module], tuple[int, ...]], ...] = (
-    (Pictures, (2, 4, 11, 9)),
-    (Waves, (2, 4, 17)),
-    (nn.Sequential, (2, 3, 24)),
-)
-
-
-def output(model: nn.Module) -> Tensor:
-    inner = model.get_base_model() if isinstance(model, peft.PeftModel) else model
-    for kind, shape in INPUTS:
-        if isinstance(inner, kind):
-            generator = torch.Generator().manual_seed(4)
-            return cast(Tensor, model(torch.randn(shape, generator=generator)))
-    return cast(Tensor, model(TOKENS).last_hidden_state)
+    return loud(fed(Waves(), 2, 4, 17))
 
 
 # -------------------------------------------------------------------------------------- cases
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    model: Callable[[], nn.Module]
-    config: Callable[[], peft.PeftConfig]
-    spec: str
 
 
 PAIR = ["q_proj", "v_proj"]
@@ -308,69 +285,21 @@ CASES = (
 )
 
 
-def name_of(case: Case) -> str:
-    return case.name
-
-
-def moved(tensors: dict[str, Tensor]) -> None:
-    """Parameters away from where they begin, so that the adapter does something."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name in sorted(tensors):
-            tensor = tensors[name]
-            tensor.add_(0.3 * torch.randn(tensor.shape, generator=generator))
-
-
-def saved_by_peft(make: Callable[[], nn.Module], config: peft.PeftConfig, at: Path) -> nn.Module:
-    model = cast(peft.PeftModel, hf.get_peft_model(make(), config))
-    moved({n: p.data for n, p in model.named_parameters() if p.requires_grad})
-    model.save_pretrained(str(at))
-    return model.eval()
-
-
-def saved_by_us(case: Case, directory: Path) -> surgery.Compiled:
-    compiled = surgery.compile(case.spec, case.model())
-    moved({n: p.data for n, p in compiled.model.named_parameters() if p.requires_grad})
-    assert compiled.save(directory).peft == ""
-    return compiled
-
-
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+@every(CASES)
 def test_what_peft_saves_attaches(case: Case, tmp_path: Path) -> None:
-    expected = output(saved_by_peft(case.model, case.config(), tmp_path))
-    before = output(case.model())
-    assert (expected - before).abs().max() > 1e-3
-    ours = surgery.attach(tmp_path, case.model())
-    torch.testing.assert_close(output(ours.model), expected, atol=1e-5, rtol=1e-4)
-    ours.inverse.merge()
-    torch.testing.assert_close(output(ours.model), expected, atol=1e-4, rtol=1e-3)
-    ours.inverse.unmerge()
-    torch.testing.assert_close(output(ours.model), expected, atol=1e-5, rtol=1e-4)
-    ours.inverse.unload()
-    assert torch.equal(output(ours.model), before)
+    attaches(case, tmp_path)
 
 
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+@every(CASES)
 def test_what_we_save_peft_loads(case: Case, tmp_path: Path) -> None:
-    compiled = saved_by_us(case, tmp_path)
-    expected = output(compiled.model)
-    theirs = hf.PeftModel.from_pretrained(case.model(), str(tmp_path)).eval()
-    assert (expected - output(case.model())).abs().max() > 1e-3
-    torch.testing.assert_close(output(theirs), expected, atol=1e-5, rtol=1e-4)
-    wanted = cast("dict[str, Tensor]", hf.get_peft_model_state_dict(theirs))
-    written = compiled.mapping.rename(compiled.parameters(), to="peft")
-    assert {k: v.shape for k, v in written.items()} == {k: v.shape for k, v in wanted.items()}
+    loads(case, tmp_path)
 
 
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+@every(CASES)
 def test_the_beginning_is_pefts_kind(case: Case) -> None:
     """Both begin as the base, or both as something else."""
-    base = output(case.model())
-    theirs = output(cast(nn.Module, hf.get_peft_model(case.model(), case.config()).eval()))
-    ours = output(surgery.compile(case.spec, case.model()).model)
     odd = case.spec.endswith(("hra(r=3)", "apply_GS=true)"))
-    assert torch.allclose(ours, base, atol=1e-5) is not odd
-    assert torch.allclose(theirs, base, atol=1e-5) is ("orthonormal" not in case.name)
+    assert begins(case) == (not odd, "orthonormal" not in case.name)
 
 
 def test_dropout_in_training_is_pefts(tmp_path: Path) -> None:
@@ -382,7 +311,7 @@ def test_dropout_in_training_is_pefts(tmp_path: Path) -> None:
     untyped.manual_seed(6)
     found = output(ours)
     assert (output(ours.eval()) - found).abs().max() > 1e-3
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    close(found, expected)
 
 
 # -------------------------------------------------------------------- where peft is another thing
@@ -405,7 +334,7 @@ def test_an_uneven_stride_is_that_of_what_peft_merges(
     merged = output(theirs.merge_and_unload())
     ours = surgery.attach(tmp_path, pictures())
     assert not torch.allclose(forward, merged, atol=1e-3)
-    torch.testing.assert_close(output(ours.model), merged, atol=1e-5, rtol=1e-4)
+    close(output(ours.model), merged)
     ours.inverse.merge()
     torch.testing.assert_close(output(ours.model), merged, atol=1e-4, rtol=1e-3)
 
