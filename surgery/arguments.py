@@ -10,8 +10,9 @@ from functools import lru_cache
 from surgery.algebra.axes import symbol
 from surgery.algebra.compose import Unchained
 from surgery.algebra.definitions import check_arguments, check_chain
-from surgery.algebra.equations import KINDS
+from surgery.algebra.equations import COUNTS, KINDS
 from surgery.algebra.mentions import names as mentioned
+from surgery.algebra.mentions import nodes
 from surgery.algebra.names import Names
 from surgery.algebra.scalars import Open, Scalars, did_you_mean, typed
 from surgery.errors import Diagnostic, Report, Span, SurgeryError
@@ -30,6 +31,24 @@ class Link:
 
     method: ast.Method
     arguments: Arguments
+
+
+@lru_cache(maxsize=512)
+def counted(method: ast.Method) -> frozenset[str]:
+    """The arguments that are what the sizes of all sites tell, whatever is given for them."""
+    given = {a.name for a in method.arguments}
+    found = (n for n in nodes(method) if isinstance(n, ast.Equation) and n.target in given)
+    return frozenset(e.target for e in found if any(map(_counts, nodes(e.value))))
+
+
+def _counts(node: ast.Node) -> bool:
+    return isinstance(node, ast.Call) and node.function in COUNTS
+
+
+def without_counted(link: Link) -> Arguments:
+    """A method's arguments but for those that the sizes of all sites tell."""
+    told = counted(link.method)
+    return tuple(a for a in link.arguments if a[0] not in told) if told else link.arguments
 
 
 def unknown_method(application: ast.Application, library: Library) -> Diagnostic:
@@ -58,6 +77,7 @@ def wrong_kind(application: ast.Application, method: ast.Method) -> Iterator[Dia
 def signature_problems(application: ast.Application, method: ast.Method) -> Iterator[Diagnostic]:
     """What is wrong with the names of arguments: E107, E118, E122."""
     known = {a.name: a for a in method.arguments}
+    told = counted(method)
     seen: set[str] = set()
     for keyword in application.arguments:
         if keyword.name not in known:
@@ -68,6 +88,10 @@ def signature_problems(application: ast.Application, method: ast.Method) -> Iter
                 did_you_mean(keyword.name, known),
                 f"it has: {', '.join(known) or 'none'}",
             )
+        if keyword.name in told:
+            message = f"`{keyword.name}` of {method.name}() is what the sizes of all sites tell"
+            place = keyword.span.within(0, len(keyword.name))
+            yield Diagnostic("E122", message, place, hint="leave it out")
         if keyword.name in seen:
             yield Diagnostic(
                 "E107", f"`{keyword.name}` is given twice", keyword.span, hint="leave one out"

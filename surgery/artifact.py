@@ -13,14 +13,18 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Protocol, TypeVar, cast
 
 from torch import Tensor, nn
 
-from surgery.algebra.equations import Random
-from surgery.algebra.expr import render
-from surgery.arguments import Link
+from surgery.algebra.beginnings import PLACES
+from surgery.algebra.cost import numbers
+from surgery.algebra.equations import Parameter, Random
+from surgery.algebra.expr import Expr, render
+from surgery.arguments import Link, without_counted
 from surgery.check import DEFAULT_ADAPTER, Resolved, resolve
 from surgery.digests import Digest
 from surgery.errors import Report, refuse
@@ -30,11 +34,13 @@ from surgery.language.parse import MAX_WORDS, parse_bytes
 from surgery.manifest import VERSION, Manifest, manifest_data
 from surgery.mapping import ForeignConfig, Reason, StateDictMapping, mapping_of, peft_config
 from surgery.mapping.config import PEFT, saying
-from surgery.mapping.keys import ADAPTED, NATIVE
+from surgery.mapping.keys import ADAPTED, NATIVE, Row
+from surgery.mapping.pieces import pieces_of
 from surgery.mapping.spelling import Formats
 from surgery.model.parts import WHOLE
 from surgery.plan import Assignment, plan_assignments
 from surgery.planned import Plan, PlannedSite, SiteClass
+from surgery.remade import with_remade
 from surgery.store import (
     TensorFile,
     Writer,
@@ -117,6 +123,10 @@ def save_adapter(
     mapping = mapping_of(plan, formats=formats).of_adapter(adapter)
     form = NATIVE if isinstance(foreign, Reason) else foreign.format.name
     reason = foreign.text if isinstance(foreign, Reason) else ""
+    if not reason and not config:
+        reason = mapping.obstacle(tensors, form)
+    if reason:
+        foreign, form = Reason(reason), NATIVE
     sites = _sites(plan, adapter)
     files: dict[str, Writer] = {
         TENSORS: tensors_writer(mapping.rename(tensors, ADAPTED, form), {}),
@@ -192,7 +202,7 @@ def _explicit(sites: list[PlannedSite]) -> list[str]:
 
 
 def _written(link: Link) -> str:
-    given = ", ".join(f"{n} = {_literal(v)}" for n, v in link.arguments)
+    given = ", ".join(f"{n} = {_literal(v)}" for n, v in without_counted(link))
     return f"{link.method.name}({given})"
 
 
@@ -255,7 +265,8 @@ def _load_own(directory: Path, model: nn.Module) -> Loaded:
     assignments = manifest.assignments(resolved)
     plan = plan_assignments(resolved, model, assignments, adapter)
     mapping = mapping_of(plan)
-    tensors = taken(mapping, read_tensors(directory / TENSORS), manifest.form)
+    file = read_tensors(directory / TENSORS)
+    tensors = with_remade(plan, mapping, file, taken(mapping, file, manifest.form), manifest.form)
     manifest.check_keys(mapping.index(manifest.form))
     base = manifest.base_digests(plan.sites)
     return Loaded(resolved, assignments, tensors, adapter, manifest.seed, base)
@@ -294,6 +305,7 @@ def taken(
     """
     report = Report()
     rows = mapping.index(form)
+    file = _joined(file, rows, form)
     found = file.shapes.keys() - set(passed)
     _report_keys(rows.keys() - found, found - rows.keys(), file, report)
     for key in sorted(rows.keys() & found):
@@ -307,6 +319,15 @@ def taken(
             )
     report.stop()
     return {row.adapted: row.converted(file[key], form, ADAPTED) for key, row in rows.items()}
+
+
+def _joined(file: TensorFile, rows: Mapping[str, Row], form: str) -> TensorFile:
+    """A file with those tensors joined that it has in pieces."""
+    for key, row in rows.items():
+        pieces = pieces_of(key)
+        if pieces is not None and pieces.fit(file.shapes, shape := row.file_shape(form)):
+            file = file.joined(pieces.keys, key, shape, partial(pieces.joined, shape))
+    return file
 
 
 def _report_keys(
@@ -347,18 +368,30 @@ def check_tensors(plan: Plan, loaded: Loaded) -> None:
 
 
 def _check_places(plan: Plan, loaded: Loaded, report: Report) -> None:
-    """Whether places are in the matrices that they are of (E518)."""
+    """Whether places are in the matrices or vectors that they are of (E518)."""
     for site in plan.sites:
         for p in site.form.parameters:
             name = site.adapted(p.name)
-            if not isinstance(p.beginning, Random) or not p.whole or name not in loaded.tensors:
+            if not p.whole or name not in loaded.tensors:
                 continue
-            sizes = dict(p.beginning.arguments)
-            places = loaded.tensors[name]
-            ends = places.new_tensor([[sizes["rows"]], [sizes["columns"]]])
-            if bool(((places < 0) | (places >= ends)).any()):
-                message = f"`{name}` has places outside of {sizes['rows']:g} × {sizes['columns']:g}"
+            ends, places = _ends(site, p), loaded.tensors[name]
+            if bool(((places < 0) | (places >= places.new_tensor(ends))).any()):
+                whole = " × ".join(f"{end:g}" for (end,) in ends)
+                message = f"`{name}` has places outside of {whole}"
                 report.error("E518", message, hint=_OTHER_FOLDER)
+
+
+def _ends(site: PlannedSite, p: Parameter) -> list[list[float]]:
+    """What places are in: so many rows and columns of a matrix, or elements of a row."""
+    match p.beginning:
+        case Random(distribution, arguments):
+            sizes = dict(arguments)
+            of = ("rows", "columns") if distribution == PLACES else ("numbers",)
+            return [[sizes[n]] for n in of]
+        case Expr(args=(matrix,)):
+            return [[prod(numbers(matrix, site.form.names))]]
+        case _:
+            raise AssertionError(p.begins)  # such beginnings alone are whole
 
 
 __all__ = ["Loaded", "SaveReport", "check_tensors", "load_artifact", "save_adapter"]

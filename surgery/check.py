@@ -219,20 +219,20 @@ def _counts(selection: ast.Selection) -> Iterator[ast.Expression]:
     if selection.expect is not None:
         yield selection.expect
     for step in (step for scope in selection.scopes for step in scope.steps):
-        match step.index:
-            case ast.Indices():
-                yield from step.index.values
-            case ast.Slice():
-                yield from _bounds(step.index)
-            case ast.Every() | None:
-                pass
+        yield from _bounds(step.index)
     for node in (n for s in (selection.selector, selection.exclude) if s for n in nodes(s)):
         if isinstance(node, ast.Rows):
             yield from _bounds(node.rows)
 
 
-def _bounds(node: ast.Slice) -> Iterator[ast.Expression]:
-    return (part for part in (node.start, node.stop, node.step) if part is not None)
+def _bounds(index: ast.Index | None) -> Iterator[ast.Expression]:
+    match index:
+        case ast.Indices(values):
+            yield from values
+        case ast.Slice():
+            yield from (p for p in (index.start, index.stop, index.step) if p is not None)
+        case ast.Every() | None:
+            pass
 
 
 def _no_statement(spec: ast.Spec, report: Report) -> None:

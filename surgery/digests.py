@@ -7,6 +7,7 @@ not ten. A weight is digested as the matrix of its site, so its storage makes no
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -42,7 +43,9 @@ def digest(matrix: Tensor, dtype: torch.dtype | None = None) -> Digest:
     name = str(dtype).removeprefix("torch.")
     rows = _sample(matrix.detach()).cpu().to(dtype).contiguous()
     found = hashlib.sha256(f"{name} {list(matrix.shape)} ".encode())
-    found.update(cast("bytes", rows.flatten().view(torch.uint8).numpy()))
+    # The bytes where they lie: `Tensor.numpy` would ask for a package that is not needed otherwise.
+    count = rows.numel() * rows.element_size()
+    found.update((ctypes.c_char * count).from_address(rows.data_ptr()) if count else b"")
     return Digest(name, found.hexdigest())
 
 

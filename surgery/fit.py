@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 
-from surgery.algebra.axes import Size, evaluate, size
+from surgery.algebra.axes import Size, evaluate, names_in, size, symbol
+from surgery.algebra.beginnings import PLACES
 from surgery.algebra.elaborate import asks_sizes, instantiate
 from surgery.algebra.equations import Equations, Parameter, Random
 from surgery.algebra.expr import BIAS, TOKENS, Expr, walk
 from surgery.algebra.hidden import hidden_sizes
+from surgery.algebra.mentions import decisions, names, nodes
 from surgery.algebra.rules import is_zero
 from surgery.arguments import Link
 from surgery.errors import Diagnostic, Span, SurgeryError
@@ -106,8 +110,8 @@ def _demands(equations: Equations) -> Iterator[_Demand]:
     for p in equations.parameters:
         for length in p.shape:
             yield _whole(length, 1, p.span)
-        if p.whole:
-            yield _whole(_places_left(p), 0, p.span)
+        if isinstance(p.beginning, Random) and p.beginning.distribution == PLACES:
+            yield _whole(_places_left(p, p.beginning), 0, p.span)
         if isinstance(p.beginning, Expr):
             yield from _within(p.beginning, p.span)
     for root in (equations.weight, equations.bias, equations.input, equations.output):
@@ -115,10 +119,9 @@ def _demands(equations: Equations) -> Iterator[_Demand]:
             yield from _within(root, None)
 
 
-def _places_left(p: Parameter) -> Size:
+def _places_left(p: Parameter, beginning: Random) -> Size:
     """How many places of a matrix are not drawn."""
-    assert isinstance(p.beginning, Random)
-    sizes = dict(p.beginning.arguments)
+    sizes = dict(beginning.arguments)
     return size(sizes["rows"]) * size(sizes["columns"]) - p.shape[-1]
 
 
@@ -148,15 +151,45 @@ def _part(value: Size, where: Span | None) -> _Demand:
 
 def _nearest_fit(form: SiteClass, link: Link, length: Size) -> str:
     """The nearest values of a whole-number argument for which everything is whole."""
-    given = dict(link.arguments)
     fits: dict[str, list[int]] = {}
-    for name, value in given.items():
+    for name, value in link.arguments:
         if isinstance(value, bool) or not isinstance(value, int):
             continue
-        near = sorted(range(1, min(2 * value + 8, 512)), key=lambda c, v=value: (abs(c - v), c))
-        fits[name] = [*islice((c for c in near if _fits(form, _with(link, name, c))), 2)]
+        found = (c for c in _tried(form, link, name, value) if _fits(form, _with(link, name, c)))
+        fits[name] = [*islice(found, 2)]
     wanted = [f"{n}={' or '.join(map(str, sorted(v)))}" for n, v in fits.items() if v]
     return f"the nearest that fit: {', '.join(wanted)}" if wanted else f"make {length} whole"
+
+
+_FEW, _MANY = 64, 2048
+"""How far from a value, and from 1, others are tried: by equations for each, or by one for all."""
+
+
+def _tried(form: SiteClass, link: Link, name: str, value: int) -> Iterator[int]:
+    """Other values of an argument that may fit, the nearest first.
+
+    Where nothing is decided by it, they are told by the equations with the argument open.
+    """
+    demands: list[_Demand] = []
+    far = _FEW
+    if name not in _deciding(link.method):
+        with suppress(SurgeryError):
+            demands = [*_demands(equations_at(form, _with(link, name, symbol(name))))]
+            far = _MANY if any(name in names_in(d.value) for d in demands) else 1
+    near = {*range(1, far), *range(max(1, value - far + 1), value + far)} - {value}
+    for other in sorted(near, key=lambda c: (abs(c - value), c)):
+        if all(_met(demands, {**form.names, name: other})):
+            yield other
+
+
+@lru_cache(maxsize=512)
+def _deciding(method: ast.Method) -> frozenset[str]:
+    """The names that what a method says depends on, be it by way of a `let`."""
+    lets = {node.name: names(node.value) for node in nodes(method) if isinstance(node, ast.Let)}
+    found = frozenset[str]().union(*map(names, decisions(method)))
+    while not (more := found.union(*(lets.get(name, ()) for name in found))) <= found:
+        found = more
+    return found
 
 
 def _with(link: Link, name: str, value: object) -> Link:
@@ -169,4 +202,8 @@ def _fits(form: SiteClass, link: Link) -> bool:
         equations = equations_at(form, link)
     except SurgeryError:
         return False
-    return all(d.met(evaluate(d.value, form.names)) for d in _demands(equations))
+    return all(_met(_demands(equations), form.names))
+
+
+def _met(demands: Iterable[_Demand], numbers: Mapping[str, int | float]) -> Iterator[bool]:
+    return (demand.met(evaluate(demand.value, numbers)) for demand in demands)

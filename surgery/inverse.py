@@ -336,7 +336,7 @@ def _merge_site(site: PlannedSite, parameters: Mapping[str, Tensor], undo: Undo)
 def _once(merged: MergedSite, before: Iterable[MergedSite]) -> MergedSite:
     """Without what a site before, which is part of the same parameter, keeps already."""
     site = merged.site.site
-    if site.part is None and site.at.index is None:
+    if site.at.whole:
         return merged
     known = [m for m in before if _same_parameter(m.site.site, site)]
     return replace(

@@ -44,9 +44,9 @@ def lower_values(keys: Lowerings) -> Mapping[str, SiteGraph]:
     Raises `Unlowerable` where there is no weight to be computed.
     """
     found: dict[str, SiteGraph] = {}
-    copies = {key.form.at.parameter: key for key in keys if key.form.at.tensor}
-    # A bias that is trained and changed besides is what the change makes of the trained one.
     groups = [tuple(group) for _, group in groupby(keys, key=_parameter)]
+    # A bias that is trained and changed besides is what the change makes of the trained one.
+    copies = {_parameter(own[0]): own for own in groups if own[0].form.at.tensor}
     for own in sorted(groups, key=lambda own: not own[0].form.at.tensor):
         for which in _WHICH:
             # What layers share is the weight; a bias is each layer's own.

@@ -44,7 +44,10 @@ CHAINS = "chains"
 COPIES = "copies"
 """Sites that are parameters as they lie, of which the adapter has copies of its own."""
 
-FEATURES = frozenset({COPIES, PARTS, TIES, CHAINS, BASE_DIGESTS})
+ROWS = "rows"
+"""Sites that are some rows of a parameter as it lies; who does not know them would copy it all."""
+
+FEATURES = frozenset({COPIES, ROWS, PARTS, TIES, CHAINS, BASE_DIGESTS})
 
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -71,6 +74,7 @@ def manifest_data(
     needs = {
         PARTS: any(s.site.at != WHOLE and not s.site.at.tensor for s in sites),
         COPIES: any(s.site.at.tensor for s in sites),
+        ROWS: any(s.site.at.picked for s in sites),
         TIES: any(s.site.tie is not None for s in sites),
         CHAINS: any(len(s.form.links) > 1 for s in sites),
     }
@@ -267,11 +271,20 @@ class Manifest:
         part = self._part(entry.get("part"))
         if not (isinstance(parameter, str) and isinstance(bias, str)):
             self._refuse(f"{stated!r} is no slice of a parameter")
+        picked = self._picked(entry.get("picked", []))
         if tensor is True and bias == "" and index is None and part is None:
-            return ParameterSlice(parameter, bias, tensor=True)
-        if tensor is not False or not (index is None or (type(index) is int and index >= 0)):
+            return ParameterSlice(parameter, bias, tensor=True, picked=picked)
+        if picked or tensor is not False:
+            self._refuse(f"{stated!r} is no slice of a parameter")
+        if not (index is None or (type(index) is int and index >= 0)):
             self._refuse(f"{stated!r} is no slice of a parameter")
         return ParameterSlice(parameter, bias, index, part)
+
+    def _picked(self, stated: object) -> tuple[int, ...]:
+        rows = cast("list[object]", stated) if isinstance(stated, list) else [None]
+        if not all(type(row) is int and row >= 0 for row in rows) or len({*rows}) != len(rows):
+            self._refuse(f"{stated!r} are no rows of a parameter")
+        return cast("tuple[int, ...]", tuple(rows))
 
     def _part(self, stated: object) -> Part | None:
         if stated is None:

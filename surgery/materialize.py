@@ -150,10 +150,10 @@ def _shape(p: Parameter, form: SiteClass) -> tuple[int, ...]:
 
 
 def _copied(module: nn.Module, at: ParameterSlice, dtype: torch.dtype) -> Tensor:
-    """A copy of the base's parameter, with its strides; for which no arithmetic is needed."""
+    """A copy of what a site is of a parameter, with its strides and no arithmetic."""
     own = stored(module, at)
     assert own is not None  # on meta nothing is begun
-    return own.to(dtype, copy=True)
+    return at.one(own).to(dtype, copy=True)
 
 
 def _drawn(

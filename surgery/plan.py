@@ -6,7 +6,7 @@ shape. All that is derived, checked and later lowered is done once for a class.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from math import prod
@@ -38,6 +38,7 @@ from surgery.model.nearest import plural
 from surgery.model.parts import WHOLE, ParameterSlice
 from surgery.model.sites import Inventory, Site, admit, select, survey
 from surgery.planned import Plan, PlannedSite, SharedKey, SharedParameter, SiteClass
+from surgery.totals import with_totals
 
 __all__ = [
     "Assignment",
@@ -66,7 +67,7 @@ def plan(resolved: Resolved, model: nn.Module, dtype: torch.dtype | None = None)
     sites = tuple(planner.sites())
     report.arrange()
     report.stop()
-    return _planned(resolved, inventory, sites, report)
+    return _planned(resolved, inventory, planner.told(sites), report)
 
 
 def _planned(
@@ -132,7 +133,7 @@ def plan_assignments(
         if site is not None and form is not None:
             sites.append(PlannedSite(site, adapter, form, one.span))
     report.stop()
-    return _planned(resolved, inventory, tuple(sites), report)
+    return _planned(resolved, inventory, planner.told(sites), report)
 
 
 _Steps = tuple[tuple[ast.Application, ast.Method], ...]
@@ -245,6 +246,18 @@ class _Planner:
         """The class of a site whose methods and arguments are given."""
         applied = ((ast.Application(k.method.name, (), span=one.span), k) for k in one.links)
         return self._class(tuple((a, k.method) for a, k in applied), site, one.links)
+
+    def told(self, sites: Sequence[PlannedSite]) -> tuple[PlannedSite, ...]:
+        """The sites, with the arguments that the sizes of all of them tell."""
+        places = {entry.path: index for index, entry in enumerate(self.inventory.entries)}
+        links = with_totals(sites, lambda site: places[site.site.owner])
+        return tuple(map(self._with_links, sites, links))
+
+    def _with_links(self, site: PlannedSite, links: tuple[Link, ...]) -> PlannedSite:
+        if links == site.form.links:
+            return site
+        form = self.assigned(Assignment(site.site.owner, links, site.span), site.site)
+        return site if form is None else replace(site, form=form)  # why not is reported
 
     def _class(self, steps: _Steps, site: Site, known: tuple[Link, ...] | None) -> SiteClass | None:
         try:

@@ -221,7 +221,8 @@ def _told(site: PlannedSite) -> Iterator[str]:
         yield f"  {form.named} adds a bias to layers that have none when it is merged"
     yield from _start(form)
     if site.site.at.tensor:
-        yield "  a copy of the parameter is read and trained, and the base's own is not written"
+        what = f"{len(site.site.at.picked)} of its rows" if site.site.at.picked else "the parameter"
+        yield f"  a copy of {what} is read and trained, and the base's own is not written"
         buffers = ", ".join(buffers_beside(site.site.module))
         if buffers:
             yield f"  not copied, for they are no parameters, are its buffers: {buffers}"
@@ -321,7 +322,7 @@ def _site_json(site: PlannedSite) -> dict[str, object]:
         "parameter": form.at.parameter,
         "matrix": form.at.index,
         "matrices": form.batch,
-        "rows": None if form.part is None else _rows(form.part),
+        "rows": [*form.at.picked] or (None if form.part is None else _rows(form.part)),
         "reached_by": form.mode,
         "dtype": _dtype(form.base_dtype),
         "bias": form.has_bias,

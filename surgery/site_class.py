@@ -14,7 +14,7 @@ from surgery.algebra.beginnings import WHOLE as WHOLE_NUMBERS
 from surgery.algebra.derive import Derived
 from surgery.algebra.equations import Parameter
 from surgery.algebra.expr import WEIGHT, render
-from surgery.arguments import Arguments, Link
+from surgery.arguments import Arguments, Link, without_counted
 from surgery.language import syntax as ast
 from surgery.model.layers import Geometry, LayerKind, Mode, Sizes
 from surgery.model.parts import WHOLE, ParameterSlice, Part
@@ -139,7 +139,12 @@ class SiteClass:
     def bank(self, adapter: str, p: Parameter) -> SharedKey:
         """What names a shared parameter of an adapter, which other sites know by other names."""
         link = self.links[p.link]
-        return adapter, link.method.name, link.arguments, p.declared_name
+        return adapter, link.method.name, self._common[p.link], p.declared_name
+
+    @cached_property
+    def _common(self) -> tuple[Arguments, ...]:
+        """The arguments of each link that it has in common with the sites that share with it."""
+        return tuple(map(without_counted, self.links))
 
     def numbers(self, shape: tuple[Size, ...]) -> tuple[int, ...]:
         """A symbolic shape in elements."""

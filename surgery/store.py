@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
@@ -51,6 +51,7 @@ class TensorFile(Mapping[str, Tensor]):
         self._handle = handle
         self._own: Mapping[str, str] = {}
         self._made: Mapping[str, Callable[[Tensor], Tensor]] = {}
+        self._joined: Mapping[str, Callable[[], Tensor]] = {}
         with _reading(path):
             names = handle.keys()
             self.metadata: Mapping[str, str] = handle.metadata() or {}
@@ -62,6 +63,8 @@ class TensorFile(Mapping[str, Tensor]):
         """A tensor, read now. KeyError if there is none of that name, ArtifactError (E512)."""
         if name not in self.shapes:
             raise KeyError(name)
+        if name in self._joined:
+            return self._joined[name]()
         with _reading(self.path):
             # A copy: the file may be replaced while the tensor lives.
             tensor = self._handle.get_tensor(self._own.get(name, name)).clone()
@@ -86,6 +89,19 @@ class TensorFile(Mapping[str, Tensor]):
         other = self.renamed({name: new})
         other._made = {**other._made, new: make}
         other.shapes = {**other.shapes, new: shape}
+        return other
+
+    def joined(
+        self,
+        names: Sequence[str],
+        new: str,
+        shape: tuple[int, ...],
+        make: Callable[[Sequence[Tensor]], Tensor],
+    ) -> TensorFile:
+        """The same file with one tensor in place of several of its own, made of them in order."""
+        other = self.renamed({})
+        other._joined = {**self._joined, new: lambda: make([self[name] for name in names])}
+        other.shapes = {n: s for n, s in self.shapes.items() if n not in names} | {new: shape}
         return other
 
     def without(self, name: str) -> TensorFile:

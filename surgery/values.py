@@ -7,7 +7,7 @@ stays the parameter's own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import partial, reduce
 from itertools import groupby
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from surgery.coding import code_of
-from surgery.model.parts import ENTRIES, ROWS, Part
+from surgery.model.parts import ENTRIES, ROWS, Part, run_of
 from surgery.model.storage import Which, name_of
 from surgery.nodes import Layer, Lowering, Lowerings, at_site
 
@@ -25,7 +25,7 @@ def raw(name: str) -> str:
     return f"surgery_{name}"
 
 
-def build(keys: Lowerings, which: Which, copies: Mapping[str, Lowering] | None = None) -> fx.Graph:
+def build(keys: Lowerings, which: Which, copies: Mapping[str, Lowerings] | None = None) -> fx.Graph:
     """The graph of a parameter, of which all the sites are parts, in order.
 
     copies: of the module's parameters, those that an adapter has its own of.
@@ -49,7 +49,7 @@ class _Owner(Layer):
     """A module as nodes, with its own parameters, and with an adapter's where there are copies."""
 
     def __init__(
-        self, graph: fx.Graph, names: Iterable[str], copies: Mapping[str, Lowering]
+        self, graph: fx.Graph, names: Iterable[str], copies: Mapping[str, Lowerings]
     ) -> None:
         super().__init__(graph, None, {name: raw(name) for name in names})
         self.copies = copies
@@ -57,12 +57,12 @@ class _Owner(Layer):
 
     def attribute(self, path: str) -> Any:
         """A node that reads an attribute."""
-        key = self.copies.get(path)
-        if key is None:
+        keys = self.copies.get(path)
+        if keys is None:
             return super().attribute(path)
         if path not in self.made:
             own = _Owner(self.graph, (path,), {})
-            self.made[path] = _joined((key,), "weight", own, lambda: own.attribute(path))
+            self.made[path] = _joined(keys, "weight", own, lambda: own.attribute(path))
         return self.made[path]
 
 
@@ -79,6 +79,8 @@ def _joined(keys: Sequence[Lowering], which: Which, layer: Layer, own: Callable[
     """The parameter, or one matrix of it, as it is stored, with what the sites make of its rows."""
     if not keys:
         return own()
+    if keys[0].form.at.picked:
+        return reduce(lambda value, key: _put_in_rows(key, value, layer), keys, own())
     copy = _copy(keys[0])
     if copy:
         return _narrowed(keys[0], layer.attribute(keys[0].path(copy)), layer)
@@ -88,6 +90,25 @@ def _joined(keys: Sequence[Lowering], which: Which, layer: Layer, own: Callable[
         return assembled(found, own, ENTRIES, layer)
     value = assembled(found, lambda: kind.to_matrix(own()), ROWS, layer)
     return kind.from_matrix(value, own().shape)
+
+
+def _put_in_rows(key: Lowering, whole: Any, layer: Layer) -> Any:
+    """A parameter as it lies in which some rows are those of a site."""
+    form = key.form
+    copy = _copy(key)
+    value = layer.attribute(key.path(copy)) if copy else _matrix(key, "weight", layer)
+    assert form.shape is not None  # it lies as it is
+    rows = form.kind.from_matrix(_narrowed(key, value, layer), form.shape)
+    return layer.function(with_rows, whole, rows, form.at.picked)
+
+
+def with_rows(tensor: Tensor, rows: Tensor, picked: tuple[int, ...]) -> Tensor:
+    """A tensor [n, ...] in its own strides, with `rows` [len(picked), ...] for `picked` entries."""
+    run, made = run_of(picked), tensor.clone()
+    if run is None:
+        return made.index_copy_(0, torch.tensor(picked, device=tensor.device), rows)
+    made[slice(*run)] = rows
+    return made
 
 
 def _copy(key: Lowering) -> str:

@@ -1,4 +1,4 @@
-"""Calls for what is not in the method: what data shows, random numbers, a share of a budget."""
+"""Calls for what is not in the method: what data shows, random numbers, what all sites tell."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from surgery.algebra.axes import Size, size, symbol
-from surgery.algebra.equations import Share
+from surgery.algebra.equations import COUNTS, Share, Total
 from surgery.algebra.expr import Expr
 from surgery.algebra.observed import DRAWN, SIGHTS, gaussian, sight
 from surgery.algebra.shapes import show
@@ -22,6 +22,7 @@ class Asking(Tensors):
         """Evaluate as `Tensors` does."""
         super().__init__(*given)
         self.shares: list[Share] = []
+        self.totals: list[Total] = []
         self.changing = ""
         self._drawn = 0
 
@@ -76,6 +77,15 @@ class Asking(Tensors):
             refuse("E104", "kept() takes a trained vector", given.span, hint=hint)
         return self._shared(expr, vector, None)
 
+    def total(self, expr: ast.Call) -> Size:
+        """`total(n)`, `before(n)`: the sum of n over all sites, or over those before this one."""
+        (term,) = self._given(expr, 1, f"{expr.function}(n)")
+        self._check_changing(expr)
+        # No name of a method has a space in it.
+        name = f"{expr.function} {len(self.totals) + 1}"
+        self.totals.append(Total(name, self.size(term), expr.function == "before"))
+        return size(symbol(name))
+
     def _vector(self, expr: ast.Expression) -> Expr:
         value = self.tensor(expr)
         if len(value.shape) != 1:
@@ -113,4 +123,5 @@ _ASKED: Mapping[str, Callable[[Asking, ast.Call], object]] = {
     DRAWN: Asking.drawn,
     "among": Asking.among,
     "kept": Asking.kept,
+    **dict.fromkeys(COUNTS, Asking.total),
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -28,15 +28,16 @@ class Distribution:
 
     `fill(tensor, generator, **arguments)` works in place on float32; fan-in is the number of
     elements of one slice of the first axis, as torch counts it. `order`, if given, names two
-    arguments of which the first may not be above the second, and `positive` those that may not be
-    below 0. `whole`: what is drawn are places [2, n] of a matrix, whole numbers as int32, all
-    arguments must be given, and a seed is torch's own, as others draw such places too.
+    arguments of which the first may not be above the second, and `least` what some may not be
+    below. `told`: all arguments must be given, and a seed is the generator's own, as others draw
+    the same. `whole`: what is drawn are whole numbers, as int32.
     """
 
     arguments: Mapping[str, float]
     fill: Callable[..., Tensor]
     order: tuple[str, str] | None = None
-    positive: tuple[str, ...] = ()
+    least: Mapping[str, float] = field(default_factory=dict[str, float])
+    told: bool = False
     whole: bool = False
 
     @property
@@ -49,9 +50,9 @@ class Distribution:
         for name in self.arguments:
             if abs(values[name]) > _LARGEST:
                 return f"{name} = {values[name]:g} is too large"
-        for name in self.positive:
-            if values[name] < 0:
-                return f"{name} = {values[name]:g} is below 0"
+        for name, least in self.least.items():
+            if values[name] < least:
+                return f"{name} = {values[name]:g} is below {least:g}"
         if self.order is not None and values[self.order[0]] > values[self.order[1]]:
             return f"{self.order[0]} is above {self.order[1]}"
         return ""
@@ -100,18 +101,62 @@ def _places(t: Tensor, generator: torch.Generator, rows: float, columns: float) 
     return t.copy_(torch.stack([chosen // int(columns), chosen % int(columns)]))
 
 
-# Names and arguments are torch.nn.init's, but for `places`.
+def _dealt(
+    t: Tensor, generator: torch.Generator, numbers: float, cards: float, first: float
+) -> Tensor:
+    deck = _deck(int(numbers), int(cards), generator.initial_seed())
+    at = (int(first) + torch.arange(t.numel())) % len(deck)
+    return t.copy_(deck[at].view(t.shape))
+
+
+def _tally(t: Tensor, generator: torch.Generator, cards: float) -> Tensor:
+    deck = _deck(t.numel(), int(cards), generator.initial_seed())
+    return t.copy_(torch.bincount(deck, minlength=t.numel()).view(t.shape))
+
+
+@lru_cache(maxsize=2)  # all sites are dealt of one
+def _deck(numbers: int, cards: int, seed: int) -> Tensor:
+    """Cards with the numbers from 0 on, each as often as another or once more, as numpy shuffles.
+
+    Read from numpy 2: its default generator chooses what is there once more, and shuffles.
+    """
+    import numpy
+
+    generator = numpy.random.default_rng(seed)
+    deck = numpy.repeat(numpy.arange(numbers), cards // numbers)
+    if cards % numbers:
+        more = generator.choice(numbers, size=cards % numbers, replace=False)
+        deck = numpy.concatenate([deck, more])
+    generator.shuffle(deck)
+    return torch.tensor(deck, dtype=WHOLE)
+
+
+PLACES, DEALT = "places", "dealt"
+
+# Names and arguments are torch.nn.init's, but for those that are whole numbers or count them.
 DISTRIBUTIONS: Mapping[str, Distribution] = {
     "uniform": Distribution({"low": 0.0, "high": 1.0}, _uniform, order=("low", "high")),
-    "normal": Distribution({"mean": 0.0, "std": 1.0}, _normal, positive=("std",)),
+    "normal": Distribution({"mean": 0.0, "std": 1.0}, _normal, least={"std": 0}),
     "kaiming_uniform": Distribution({"a": 0.0}, _kaiming_uniform),
     "paired_kaiming_uniform": Distribution({"a": 0.0}, _paired_kaiming_uniform),
     "kaiming_normal": Distribution({"a": 0.0}, _kaiming_normal),
-    "xavier_uniform": Distribution({"gain": 1.0}, _xavier_uniform, positive=("gain",)),
-    "xavier_normal": Distribution({"gain": 1.0}, _xavier_normal, positive=("gain",)),
-    "places": Distribution(
-        {"rows": 0.0, "columns": 0.0}, _places, positive=("rows", "columns"), whole=True
+    "xavier_uniform": Distribution({"gain": 1.0}, _xavier_uniform, least={"gain": 0}),
+    "xavier_normal": Distribution({"gain": 1.0}, _xavier_normal, least={"gain": 0}),
+    PLACES: Distribution(
+        {"rows": 0.0, "columns": 0.0},
+        _places,
+        least={"rows": 0, "columns": 0},
+        told=True,
+        whole=True,
     ),
+    DEALT: Distribution(
+        {"numbers": 1.0, "cards": 1.0, "first": 0.0},
+        _dealt,
+        least={"numbers": 1, "cards": 1, "first": 0},
+        told=True,
+        whole=True,
+    ),
+    "tally": Distribution({"cards": 1.0}, _tally, least={"cards": 1}, told=True),
 }
 
 
@@ -127,7 +172,7 @@ def draw(
     shape: tuple[int, ...],
     generator: torch.Generator,
 ) -> Tensor:
-    """A tensor of `shape` in float32 on the CPU; places in int32. KeyError for an unknown name."""
+    """A tensor of `shape` on the CPU, float32 or whole. KeyError for an unknown name."""
     row = DISTRIBUTIONS[distribution]
     values = {name: arguments.get(name, default) for name, default in row.arguments.items()}
     return row.fill(torch.empty(shape, dtype=row.dtype), generator, **values)
@@ -137,7 +182,7 @@ def drawn_again(
     distribution: str, arguments: Mapping[str, float], shape: tuple[int, ...], seed: int, name: str
 ) -> Tensor:
     """A tensor that its seed alone determines, whatever it belongs to."""
-    if DISTRIBUTIONS[distribution].whole:
+    if DISTRIBUTIONS[distribution].told:
         return _placed(distribution, tuple(arguments.items()), shape, seed)
     return draw(distribution, arguments, shape, stream(seed, name))
 

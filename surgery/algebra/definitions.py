@@ -18,7 +18,7 @@ from surgery.algebra.tensors import DROP_HINT
 from surgery.algebra.ways import MAX_WAYS, each_way
 from surgery.errors import Diagnostic, Report, Span, SurgeryError
 from surgery.language import syntax as ast
-from surgery.language.library import TRAINED, trained
+from surgery.language.library import TRAINED, Library, trained
 
 
 def check_definition(method: ast.Method) -> tuple[Diagnostic, ...]:
@@ -64,7 +64,7 @@ def _check_texts(method: ast.Method, arguments: Mapping[str, object], report: Re
                 f'`{argument.name}` is "{value}", of which {method.name} knows nothing',
                 argument.span,
                 label=did_you_mean(value, known),
-                hint=f"there are: {', '.join(known)}",
+                hint=f"{_elsewhere(method, argument.name, value)}there are: {', '.join(known)}",
             )
 
 
@@ -80,6 +80,37 @@ def _texts(method: ast.Method, name: str) -> Iterator[str]:
                 yield text
             case _:
                 continue
+
+
+def _elsewhere(method: ast.Method, argument: str, text: str) -> str:
+    """That a text is another method, if it is: by its name, or by what a format calls it.
+
+    A format calls one so that has the text where that of `method` has the argument.
+    """
+    library = Library.standard()
+    fields = {
+        (fmt.name, field.name)
+        for fmt in library.formats(method.name)
+        for field in fmt.fields
+        if argument in names(field.value)
+    }
+    so_called = (
+        fmt.method
+        for fmt in library.all_formats()
+        for field in fmt.fields
+        if (fmt.name, field.name) in fields and _only_text(field.value) == text
+    )
+    found = text if library.method(text) is not None else next(so_called, "")
+    return f'"{text}" is a method of its own: apply {found}(…); ' if found else ""
+
+
+def _only_text(value: ast.Expression) -> str | None:
+    """The text that a field of a format must have, if it must have one."""
+    match value:
+        case ast.Text(value=text) | ast.Call("one_of", (ast.Text(value=text),)):
+            return text
+        case _:
+            return None
 
 
 def check_chain(links: Sequence[tuple[ast.Method, Mapping[str, object]]]) -> Unchained | None:

@@ -15,7 +15,7 @@ from typing import Any, assert_never
 from surgery.algebra import scalars
 from surgery.algebra.asked import Asking
 from surgery.algebra.axes import Size, evaluate, names_in, size
-from surgery.algebra.beginnings import DISTRIBUTIONS, Distribution
+from surgery.algebra.beginnings import DISTRIBUTIONS, PLACES, Distribution
 from surgery.algebra.equations import RESERVED, SIZES, TARGETS, Equations, Parameter, Random
 from surgery.algebra.expr import (
     BIAS,
@@ -78,7 +78,8 @@ class Elaborator(Asking):
             targets = {t: self._begun(e) for t, e in {"W": WEIGHT, **targets}.items()}
         fields: dict[str, Any] = {TARGETS[t][0]: e for t, e in targets.items()}
         fields |= {"start": self.start, "changes": (*self.changes.items(),)}
-        return Equations((*self.parameters.values(),), **fields, shares=tuple(self.shares))
+        fields |= {"shares": tuple(self.shares), "totals": tuple(self.totals)}
+        return Equations((*self.parameters.values(),), **fields)
 
     def holds(self, condition: ast.Expression) -> bool:
         """Whether a condition holds; at a site, sizes in it are numbers."""
@@ -274,14 +275,13 @@ class Elaborator(Asking):
         beginning = self._beginning(item, shape)
         self._define(item.name, parameter(item.name, shape), item.span)
         p = Parameter(item.name, shape, beginning, item.trained, item.shared, item.span)
+        if p.whole:
+            _check_whole(item, p)
         self.parameters[item.name] = replace(p, again=self._is_made_again(p))
 
     def _beginning(self, item: ast.Declaration, shape: Shape) -> Random | Expr:
         if isinstance(item.beginning, ast.Draw):
-            beginning = self._random(item.beginning.distribution, item.shared)
-            if beginning.whole:
-                _check_places(item, shape)
-            return beginning
+            return self._random(item.beginning.distribution, item.shared)
         value = self.tensor(item.beginning)
         if not (value.is_scalar or value.shape == shape):
             refuse(
@@ -325,7 +325,7 @@ class Elaborator(Asking):
                 hint=f"it has: {', '.join([*row.arguments, 'seed'])}",
             )
         values = {k.name: self._draw_argument(k, row, shared) for k in call.keywords}
-        missing = [n for n in row.arguments if row.whole and n not in values]
+        missing = [n for n in row.arguments if row.told and n not in values]
         if missing:
             refuse(
                 "E104",
@@ -398,8 +398,12 @@ def _numeric(value: object, sizes: Mapping[str, int]) -> object:
     return value
 
 
-def _check_places(item: ast.Declaration, shape: Shape) -> None:
-    if item.trained or len(shape) != 2 or shape[0] != size(2):
+def _check_whole(item: ast.Declaration, p: Parameter) -> None:
+    pairs = isinstance(p.beginning, Random) and p.beginning.distribution == PLACES
+    if item.trained and not pairs:
+        message = f"`{item.name}` begins with whole numbers, which are not trained"
+        refuse("E111", message, item.span, hint="declare it as `frozen`")
+    if pairs and (item.trained or len(p.shape) != 2 or p.shape[0] != size(2)):
         refuse(
             "E111",
             f"`{item.name}` begins with places in a matrix",

@@ -29,6 +29,12 @@ FACTS: Mapping[str, Open] = {
 }
 """What conditions may ask of a site beside its sizes: whether its layer adds a bias, its kind."""
 
+COUNTS = ("before", "total")
+"""`before(n)`, `total(n)`: sums over the sites of a method; see `Total`."""
+
+PLACING = frozenset({"largest"})
+"""The operators whose values are places in a matrix, row by row: whole numbers."""
+
 RESERVED = frozenset({"layer", *SIZES, *SITE, *FACTS})
 KINDS = ("matrix",)
 
@@ -89,7 +95,8 @@ class Parameter:
     @property
     def whole(self) -> bool:
         """Whether it is made of whole numbers, which are never rounded to another dtype."""
-        return isinstance(self.beginning, Random) and self.beginning.whole
+        begins = self.beginning
+        return begins.whole if isinstance(begins, Random) else begins.op in PLACING
 
     @property
     def redrawn(self) -> bool:
@@ -119,6 +126,18 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True)
+class Total:
+    """A number that the sizes of all sites tell; in equations it is a symbol.
+
+    It is the sum of `term` over all sites of the method, or over those before this one alone.
+    """
+
+    name: str
+    term: Size
+    before: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Equations:
     """The parameters in the order declared, and W', b', x', y' where they are given.
 
@@ -126,7 +145,7 @@ class Equations:
     own stays as it is. In `output` x is the input as `input` gives it.
     joins: whether weight comes of a product with y, which mixes rows that groups keep apart.
     start: what W begins as, where a method says so.
-    changes: what arguments become when the shares in them are known.
+    changes: what arguments become when the shares and totals in them are known.
     """
 
     parameters: tuple[Parameter, ...]
@@ -138,3 +157,4 @@ class Equations:
     start: Expr = WEIGHT
     changes: tuple[tuple[str, Size], ...] = ()
     shares: tuple[Share, ...] = ()
+    totals: tuple[Total, ...] = ()

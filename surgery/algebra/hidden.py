@@ -51,6 +51,12 @@ def _chosen(expr: Expr, k: Attribute) -> Hidden:
     yield expr.shape[-1] - cast(Size, k), 0
 
 
+def _placed(expr: Expr, count: Attribute) -> Hidden:
+    """How many places of a matrix there are beside those asked for."""
+    rows, columns = expr.args[0].shape
+    yield rows * columns - cast(Size, count), 0
+
+
 def _counted(expr: Expr, terms: Attribute) -> Hidden:
     """How many powers are added; each is a product."""
     yield cast(Size, terms), 0
@@ -69,6 +75,12 @@ def _rows_left(expr: Expr) -> Hidden:
     yield expr.shape[0] - expr.shape[1], 0
 
 
+def _clustered(expr: Expr) -> Hidden:
+    """There are no more clusters than rows, and no more steps than powers."""
+    yield expr.shape[0] - expr.shape[1], 0
+    yield from _counted(expr, expr.attr("steps"))
+
+
 def _flown(expr: Expr) -> Hidden:
     """A butterfly of more than one factor halves its blocks and, again and again, their number."""
     levels, count, length, _ = expr.args[0].shape
@@ -82,6 +94,7 @@ _OF_ATTRIBUTES: Mapping[str, Callable[[Expr, Attribute], Hidden]] = {
     "bounds": _rests,
     "rank": _beyond,
     "k": _chosen,
+    "count": _placed,
     "terms": _counted,
 }
 _OF_OPERATORS: Mapping[str, Callable[[Expr], Hidden]] = {
@@ -89,4 +102,5 @@ _OF_OPERATORS: Mapping[str, Callable[[Expr], Hidden]] = {
     "orthonormal": _rows_left,
     "qr": _rows_left,
     "butterfly": _flown,
+    "clusters": _clustered,
 }

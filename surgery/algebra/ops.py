@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from surgery.algebra import applying, chance, rotations, rounding, shapes, undoing, values
+from surgery.algebra import (
+    applying,
+    chance,
+    clustered,
+    rotations,
+    rounding,
+    shapes,
+    undoing,
+    values,
+)
 from surgery.algebra.applying import Applier, Vector
 from surgery.algebra.expr import Attribute, Expr
 from surgery.algebra.expr import Shape as Symbolic
@@ -300,6 +309,38 @@ _ROWS: tuple[Op, ...] = (
     _factor("right_singular", shapes.some_rows, values.right_singular),
     _factor("qr_q", shapes.some_columns, values.qr_q),
     _factor("qr_r", shapes.some_rows, values.qr_r),
+    Op(
+        "lowrank_left",
+        shapes.some_columns,
+        clustered.lowrank_left,
+        spelled=("tensor", "rank", "seed"),
+        work=_factorisation_work,
+        begins=True,
+    ),
+    Op(
+        "lowrank_right",
+        shapes.some_rows,
+        clustered.lowrank_right,
+        spelled=("tensor", "rank", "seed"),
+        work=_factorisation_work,
+        begins=True,
+    ),
+    Op(
+        "clusters",
+        clustered.clusters_shape,
+        clustered.clusters,
+        spelled=("tensor", "k", "steps", "seed"),
+        begins=True,
+    ),
+    Op(
+        "principal",
+        clustered.principal_shape,
+        clustered.principal,
+        spelled=("tensor", "tensor", "rank"),
+        work=_factorisation_work,
+        begins=True,
+    ),
+    Op("ungrouped", clustered.ungrouped_shape, clustered.ungrouped, spelled=("tensor", "tensor")),
     Op("nf4", shapes.transformed, rounding.nf4, spelled=_T, begins=True),
     Op("int8", shapes.transformed, rounding.int8, spelled=_T, begins=True),
     Op("trace", shapes.traced, values.trace, spelled=_T, work=_nothing),
@@ -315,6 +356,8 @@ _ROWS: tuple[Op, ...] = (
         spelled=("tensor", "tensor", "rows", "columns"),
         work=_nothing,
     ),
+    Op("largest", shapes.largest, values.largest, spelled=("tensor", "count"), begins=True),
+    Op("gather", shapes.gather, values.gather, spelled=("tensor", "tensor"), work=_nothing),
     Op(
         "circulant",
         shapes.circulant,

@@ -28,7 +28,8 @@ def reflectors(facts: Facts, u: Tensor) -> Tensor:
     """[n, r] to the R [r, n] with which I - U R is the product of the columns' reflections.
 
     R = T⁻¹ Uᵀ, where T has the upper triangle of Uᵀ U and half of its diagonal: Joffrin and Low's
-    form of the product, "Blocking the Householder method", of columns of any length.
+    form of the product, "Blocking the Householder method", of columns of any length. Of a column of
+    length 0 there is no reflection, and its row is 0.
     """
     return called(_reflectors, u)
 
@@ -37,7 +38,8 @@ def _reflectors(u: Tensor) -> Tensor:
     wide = u.to(wide_dtype(u))
     with _unnarrowed(u.device):  # what is solved is not to be narrow
         gram = wide.transpose(-1, -2) @ wide
-    t = gram.triu(1) + torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1) / 2)
+    squares = gram.diagonal(dim1=-2, dim2=-1)
+    t = gram.triu(1) + torch.diag_embed(squares / 2 + (squares == 0).to(wide.dtype))
     solved: Tensor = _linalg.solve_triangular(t, wide.transpose(-1, -2), upper=True)
     return solved.to(u.dtype)
 
@@ -59,7 +61,10 @@ def neumann(facts: Facts, q: Tensor) -> Tensor:
 
 
 def householder(facts: Facts, u: Tensor) -> Tensor:
-    """I - 2 u uᵀ / |u|² of [n]; of [n, r] the product of its columns' reflections, as [n, n]."""
+    """I - 2 u uᵀ / |u|² of [n]; of [n, r] the product of its columns' reflections, as [n, n].
+
+    Of zeros it is the identity.
+    """
     if len(facts.arguments[0]) == 1:
         return values.householder(facts, u)
     one = u.new_ones((facts.shape[0],)).diag()
@@ -81,14 +86,31 @@ def reflect(go: Applier, expr: Expr, v: Vector) -> Vector | None:
 
 
 def orthonormal(facts: Facts, u: Tensor) -> Tensor:
-    """Gram and Schmidt's orthonormal columns of [n, r], r ≤ n: each spans with those before it."""
+    """Gram and Schmidt's orthonormal columns of [n, r], r ≤ n: each spans with those before it.
+
+    A column that lies in what those before it span is 0: what is left of it is rounding alone, and
+    has no direction.
+    """
     return called(_orthonormal, u)
 
 
+# In every dtype the same, or a merge in a wider one would see directions where a forward sees none.
+_ROUNDING = torch.finfo(torch.float32).eps
+
+
 def _orthonormal(u: Tensor) -> Tensor:
-    q, r = _linalg.qr(u.to(wide_dtype(u)))
-    signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
-    return (q * signs.unsqueeze(-2)).to(u.dtype)
+    wide = u.to(wide_dtype(u))
+    with _unnarrowed(u.device):
+        lengths, found = _linalg.vector_norm(wide, dim=0), wide[:, :0]
+        for column in range(wide.shape[1]):
+            rest = wide[:, column]
+            for _ in range(2):  # once is not orthogonal where little is left
+                rest = rest - found @ (found.transpose(0, 1) @ rest)
+            left = _linalg.vector_norm(rest)
+            lies = left <= wide.shape[0] * _ROUNDING * lengths[column]
+            direction = torch.where(lies, 0.0, rest) / torch.where(lies, 1.0, left)
+            found = torch.cat((found, direction.unsqueeze(1)), 1)
+    return found.to(u.dtype)
 
 
 def qr(facts: Facts, u: Tensor) -> Tensor:

@@ -173,14 +173,28 @@ def kron(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
 
 
 def scatter(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
-    """[n] and their places [2, n] to [rows, columns]."""
+    """[n] and their places, [2, n] or row by row [n], to [rows, columns]."""
     (count,), places = rank(args[0], 1), args[1].shape
-    if places != (size(2), count):
+    if places not in ((size(2), count), (count,)):
         raise Mismatch(f"{count} values have places [2, {count}], not {show(places)}")
     rows, columns = attrs["rows"], attrs["columns"]
     assert isinstance(rows, Size)
     assert isinstance(columns, Size)
     return (rows, columns)
+
+
+def gather(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
+    """[n] and places in it, to one element for each place."""
+    rank(args[0], 1)
+    return rank_at_least(args[1], 1)
+
+
+def largest(args: tuple[Expr, ...], attrs: Attrs) -> Shape:
+    """[m, n] to so many places."""
+    rank(args[0], 2)
+    count = attrs["count"]
+    assert isinstance(count, Size)
+    return (count,)
 
 
 def circulant(args: tuple[Expr, ...], attrs: Attrs) -> Shape:

@@ -158,12 +158,24 @@ def turned(a: Tensor, axis: int, length: int, size: int) -> Tensor:
 
 
 def scatter(facts: Facts, v: Tensor, places: Tensor) -> Tensor:
-    """[n] at their places [2, n] of zeros [rows, columns]; those at one place are added."""
+    """[n] at their places of zeros [rows, columns]; those at one place are added."""
     rows, columns = facts.shape
-    at = places.long()  # flat, they are more than 32 bits hold
-    flat = at.select(0, 0) * columns + at.select(0, 1)
+    at = flat = places.long()  # flat, they are more than 32 bits hold
+    if len(facts.arguments[1]) > 1:
+        flat = at.select(0, 0) * columns + at.select(0, 1)
     spread = v.new_zeros((rows * columns,)).scatter_add(0, flat, v)
     return cast(Tensor, spread.unflatten(0, (rows, columns)))
+
+
+def gather(facts: Facts, v: Tensor, places: Tensor) -> Tensor:
+    """The elements of [n] at some places, in the shape that these have."""
+    taken = v.index_select(0, places.long().flatten())
+    return cast(Tensor, taken.unflatten(0, facts.shape))
+
+
+def largest(facts: Facts, a: Tensor) -> Tensor:
+    """[m, n] to [count]: where the largest elements are, row by row, that of the largest first."""
+    return torch.topk(a.flatten(), facts.integer("count"))[1].to(a.dtype)  # float64, which has room
 
 
 def circulant(facts: Facts, k: Tensor) -> Tensor:
@@ -231,14 +243,15 @@ def called(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
 
 
 def householder(facts: Facts, u: Tensor) -> Tensor:
-    """I - 2 u uᵀ / |u|² of [n], as [n, n]."""
+    """I - 2 u uᵀ / |u|² of [n], as [n, n]; of zeros the identity."""
     v = unit(u)
     return u.new_ones((facts.shape[0],)).diag() - 2 * torch.outer(v, v)
 
 
 def unit(u: Tensor) -> Tensor:
-    """A vector [n] of length 1 in the same direction."""
-    return u / _linalg.vector_norm(u)
+    """A vector [n] of length 1 in the same direction; zeros as they are."""
+    length = _linalg.vector_norm(u)
+    return u / (length + (length == 0))
 
 
 # Several parameters begin with parts of one factorisation, which is computed once for a tensor.

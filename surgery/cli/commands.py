@@ -19,6 +19,7 @@ from surgery.cli.inputs import (
     check_output,
     check_program,
     parse_values,
+    read_data,
     read_model,
     read_spec,
     title,
@@ -61,7 +62,16 @@ SetOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout.")]
 SeedOption = Annotated[int, typer.Option(help="The seed of the random beginnings.")]
 TrustOption = Annotated[
-    bool, typer.Option("--trust", help="Let MODEL run code (python:…, or what a .pt2 file holds).")
+    bool,
+    typer.Option("--trust", help="Let MODEL run code (python:…, a .pt2 file), and --data."),
+]
+DataOption = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="FILE.py:NAME",
+        help="Batches for beginnings that read data; or python:package.mod:name.",
+    ),
 ]
 ProgramOption = Annotated[
     Path | None,
@@ -265,6 +275,7 @@ def compile_(
     sets: SetOption = None,
     seed: SeedOption = 0,
     force: ForceOption = False,
+    data: DataOption = None,
     trust: TrustOption = False,
     program: ProgramOption = None,
     json: JsonOption = False,
@@ -274,14 +285,15 @@ def compile_(
     A spec with several adapters writes each to a folder of its own below OUT.
     """
     values = parse_values(sets or [])
-    with command(json) as result, steps(3) as step:
+    with command(json) as result, steps(4) as step:
         read = read_spec(spec)
         check_output(output, force)
         check_program(program, model)
         step("reading the model")
         base = read_model(model, meta=False, trust=trust)
+        batches = read_data(data, step, trust=trust)
         step("compiling")
-        compiled = surgery.compile(read, base, seed=seed, values=values)
+        compiled = surgery.compile(read, base, seed=seed, values=values, data=batches)
         step("writing")
         saved = _save(compiled, output)
         lines = [str(compiled.plan), "", *_written(saved)]
@@ -327,20 +339,28 @@ def verify(
     model: ModelArgument,
     sets: SetOption = None,
     seed: SeedOption = 0,
+    data: DataOption = None,
     trust: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
     """Try a spec on a model: does merging agree with the forward, and does the base come back?"""
     values = parse_values(sets or [])
-    with command(json) as result, steps(9) as step:
+    with command(json) as result, steps(10) as step:
         from surgery.integrations.programs import example_inputs
 
         read = read_spec(spec)
         step("reading the model")
         base = read_model(model, meta=False, trust=trust)
         args, kwargs = example_inputs(base)
+        batches = read_data(data, step, trust=trust)
         seen = surgery.verify(
-            read, base, lambda m: _run(m, args, kwargs), seed=seed, values=values, progress=step
+            read,
+            base,
+            lambda m: _run(m, args, kwargs),
+            seed=seed,
+            values=values,
+            progress=step,
+            data=batches,
         )
         result.text, result.data, result.passed = str(seen), seen.as_json(), seen.passed
 

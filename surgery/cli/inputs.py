@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Iterable, Iterator, Sized
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import typer
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.export import ExportedProgram
 
+    from surgery.cli.output import Steps
     from surgery.language.syntax import Spec
 
 _LITERAL = re.compile(r"(?:^|\s)match\s")
@@ -80,6 +82,45 @@ def read_model(reference: str, *, meta: bool, trust: bool) -> nn.Module | Export
         # An installed command does not look for modules where it is run, and `python -m` does.
         sys.path.insert(0, os.getcwd())
     return load_model(reference, meta=meta, trust=trust)
+
+
+def read_data(reference: str | None, step: Steps, *, trust: bool) -> Batches | None:
+    """The batches that a function gives, which are counted as they are read; None for none.
+
+    Raises ArtifactError: E503 for what gives no batches, and as `factories.given_by` does.
+    """
+    if reference is None:
+        return None
+    from surgery.integrations.factories import PYTHON, given_by
+
+    if trust and reference.startswith(PYTHON):
+        sys.path.insert(0, os.getcwd())
+    step("reading the data")
+    found = given_by(reference, "batches", trust=trust)
+    if not isinstance(found, Iterable) or isinstance(found, str | bytes | dict):
+        hint = "it gives an iterable, such as a DataLoader, of what the model is called with"
+        refuse(
+            "E503",
+            f"`{reference}` gives a {type(cast(object, found)).__name__}, and no batches",
+            hint=hint,
+        )
+    return Batches(cast("Iterable[object]", found), step)
+
+
+class Batches:
+    """Batches that say on a bar how many of them have been read."""
+
+    def __init__(self, batches: Iterable[object], step: Steps) -> None:
+        """Some batches, read once or again and again."""
+        self.batches = batches
+        self.step = step
+        self.total = f" of {len(batches):,}" if isinstance(batches, Sized) else ""
+
+    def __iter__(self) -> Iterator[object]:
+        """The batches, in order."""
+        for count, batch in enumerate(self.batches, 1):
+            self.step.note(f"batch {count:,}{self.total}")
+            yield batch
 
 
 def check_program(program: Path | None, model: str) -> None:

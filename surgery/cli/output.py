@@ -114,6 +114,10 @@ class Steps:
         self._progress.update(self._task, description=name, advance=int(self._begun))
         self._begun = True
 
+    def note(self, what: str) -> None:
+        """Say what the step in hand is at."""
+        self._progress.update(self._task, description=what)
+
 
 @contextmanager
 def steps(total: int) -> Generator[Steps]:

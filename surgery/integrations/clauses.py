@@ -15,7 +15,7 @@ from typing import Any, cast
 from torch import nn
 
 from surgery.errors import refuse
-from surgery.integrations.targets import Chosen, all_of, ending, matching, named
+from surgery.integrations.targets import Chosen, all_of, ending, matching, named, targets_of
 from surgery.language import syntax as ast
 from surgery.mapping.fields import ConfigFile
 from surgery.mapping.forms import Anything, OneOf, default_of, fields_of, form_of, same, shown
@@ -226,6 +226,13 @@ def clauses_of(config: ConfigFile, model: nn.Module | None) -> Clauses:
     added = tuple(n for n in _ADDED.get(str(config.get("task_type")), ()) if n not in saved)
     inventory = None if model is None else survey(model)
     return Clauses(config, _layers(config), but, saved, added, inventory)
+
+
+def targeted(config: ConfigFile, model: nn.Module) -> frozenset[str]:
+    """The paths of the modules that a config puts its method on. Raises as what it calls does."""
+    chosen, clauses = targets_of(config, model), clauses_of(config, model)
+    paths = (entry.path for entry in survey(model).entries)
+    return frozenset(p for p in paths if any(c.takes(p) for c in chosen) and clauses.takes(p))
 
 
 def _layers(config: ConfigFile) -> Layers | None:

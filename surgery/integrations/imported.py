@@ -8,63 +8,55 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import cast
 
 from torch import nn
 
 from surgery.algebra.scalars import Scalars
+from surgery.arguments import Link, without_counted
 from surgery.artifact import CONFIG
 from surgery.check import Arguments, resolve
 from surgery.errors import Diagnostic, Report, Source, Span, SurgeryError, refuse
 from surgery.integrations.clauses import Clauses, clauses_of, described
-from surgery.integrations.peft import INFORMATIVE
+from surgery.integrations.imported_copies import ASKED, of_modules, of_tables
+from surgery.integrations.peft import INFORMATIVE, kind_of, refuse_kind
 from surgery.integrations.peft_modules import of_copies
+from surgery.integrations.peft_tokens import of_rows
+from surgery.integrations.table_clauses import row_statements
 from surgery.integrations.targets import (
-    EVERY_LINEAR,
     Chosen,
     all_of,
     by_pattern,
     ending,
-    every_linear,
     holds,
     matching,
     named,
     taken_where_absent,
+    targets_of,
 )
 from surgery.language import syntax as ast
 from surgery.language.formatting import formatted
 from surgery.language.library import Library
 from surgery.language.parse import parse
-from surgery.mapping.fields import ConfigFile, ConfigReader, unknown_fields, unknown_values
+from surgery.mapping.fields import ConfigFile, ConfigReader, unknown_fields
 from surgery.mapping.forms import (
     Biases,
     BySite,
     KeptBySite,
     Sites,
-    Value,
-    constant,
     fields_of,
     form_of,
     same,
-    shown,
 )
+from surgery.mapping.seats import Joint, joint_of, multiplied
 from surgery.model.holder import parameters_of
-from surgery.model.inventory import joined, survey
+from surgery.model.inventory import Inventory, joined, survey
 from surgery.plan import plan
 from surgery.store import read_json, read_text
 
 NAME = "peft"
 _AT = "site"  # a path that stands for all sites of a part
-_ASKED = (
-    "target_modules",
-    "target_parameters",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "modules_to_save",
-)
 
 
 def import_config(path: str | Path, model: nn.Module | None = None) -> str:
@@ -78,8 +70,10 @@ def import_config(path: str | Path, model: nn.Module | None = None) -> str:
     """
     config = read_config(Path(path))
     if of_copies(config):
-        return formatted("\n".join(_copies(config, model)))
-    reading = _reading(config)
+        return formatted("\n".join(of_modules(config, model)))
+    if of_rows(config):
+        return formatted("\n".join(of_tables(config, model)))
+    reading = _reading(config, model is None)
     whole = _Import(reading, clauses_of(config, model), model)
     return formatted(
         "\n".join([*described(config, reading.fmt, INFORMATIVE, model), *whole.lines()])
@@ -90,28 +84,6 @@ def read_config(path: Path) -> ConfigFile:
     """A config with its text. Raises ArtifactError (E511, E512)."""
     path = path / CONFIG if path.is_dir() else path
     return ConfigFile(read_json(path), Span(Source(str(path), read_text(path)), 0, 1))
-
-
-def _copies(config: ConfigFile, model: nn.Module | None) -> Iterator[str]:
-    """The spec of an adapter that is copies of whole modules and nothing else."""
-    report, known = Report(), {*INFORMATIVE, *_ASKED, "peft_type"}
-    report.extend(unknown_values(config, known, str(config.get("peft_type"))))
-    report.stop()
-    stated = config.get("target_modules")
-    some = taken_where_absent(config, "target_modules", model) if stated is None else stated
-    if isinstance(some, str):
-        chosen = (matching(some, config.span("target_modules")),)
-    else:
-        chosen = all_of(map(str, cast("list[object]", some)))
-    clauses = clauses_of(config, model)
-    there = [c for c in chosen if model is None or clauses.selects(c)]
-    if not there:
-        span, hint = config.span("target_modules"), "it is for another model"
-        refuse("E516", "the config names no module of the model", span, hint=hint)
-    yield from described(config, None, INFORMATIVE, model)
-    selector = " | ".join(c.selector for c in there)
-    yield f"train {selector} {clauses.around('', '', lambda p: any(c.takes(p) for c in there))}"
-    yield from clauses.trained("", chosen, ())
 
 
 # ---------------------------------------------------------------------------------- the method
@@ -127,6 +99,24 @@ class Reading:
     sorts: tuple[str, ...] = ()
     patterns: tuple[str, ...] = ()
     biases: str = ""
+    kept: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def left(self, path: str) -> dict[str, object]:
+        """What fields that say what is left of each site say of one, as they say it of `_AT`."""
+        found: dict[str, object] = {}
+        for name, key in self.kept.items():
+            stated = self.config.get(name)
+            table = cast("dict[str, object]", stated) if isinstance(stated, Mapping) else {}
+            ends = (f"{path}.{key}", f"{path}.{key}.")
+            mine = [v for k, v in table.items() if k == ends[0] or k.startswith(ends[1])]
+            marks: list[object] = [cast(object, v) for v in mine if isinstance(v, list)]
+            found[name] = {f"{_AT}.{key}": v for v in marks[:1]}
+        return found
+
+    def nothing_left(self, path: str) -> bool:
+        """Whether training took a whole site away."""
+        tables = cast("list[dict[str, list[object]]]", [*self.left(path).values()])
+        return any(marks and not any(marks) for table in tables for marks in table.values())
 
     def arguments(self, given: Mapping[str, object], kind: str) -> Arguments:
         """The arguments where fields about sites say this. Raises ArtifactError (E515)."""
@@ -143,7 +133,8 @@ class Reading:
     @property
     def neutral(self) -> dict[str, object]:
         """What the fields about sites say of one that is in none of them."""
-        return {**{n: [] for n in self.sorts}, **{n: {} for n in self.patterns}}
+        tables = (*self.patterns, *self.kept)
+        return {**{n: [] for n in self.sorts}, **{n: {} for n in tables}}
 
 
 def replace_values(config: ConfigFile, values: Mapping[str, object]) -> ConfigFile:
@@ -151,31 +142,19 @@ def replace_values(config: ConfigFile, values: Mapping[str, object]) -> ConfigFi
     return ConfigFile(values, config.source)
 
 
-def _reading(config: ConfigFile) -> Reading:
+def _reading(config: ConfigFile, no_model: bool) -> Reading:
     """The format that has the least against a config, and of these the one that says most of it."""
     library, kind = Library.standard(), config.get("peft_type")
     known = [f for f in library.all_formats() if f.name == NAME]
-    mine = [f for f in known if same(_kind(f), kind)]
+    mine = [f for f in known if same(kind_of(f), kind)]
     if not mine:
-        kinds = sorted({str(_kind(f)) for f in known})
-        near = get_close_matches(str(kind), kinds, 1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        hint += f"there are: {', '.join(kinds)}"
-        refuse("E516", f"peft_type {shown(kind)} is not known", config.span("peft_type"), hint=hint)
-    tried = [_tried(_sorted(config, f, library)) for f in mine]
-    problems, _, best = min(tried, key=lambda t: (len(t[0]), -t[1]))
+        refuse_kind(config, known)
+    tried = [_tried(_sorted(config, f, library), no_model) for f in mine]
+    problems, *_, best = min(tried, key=lambda t: (bool(t[0]), t[1], len(t[0]), -t[2]))
     report = Report()
     report.extend(problems)
     report.stop()
     return best
-
-
-def _kind(fmt: ast.Format) -> object:
-    for item in fmt.fields:
-        form = form_of(item)
-        if item.name == "peft_type" and isinstance(form, Value):
-            return constant(form.expression)
-    return None
 
 
 def _sorted(config: ConfigFile, fmt: ast.Format, library: Library) -> Reading:
@@ -185,24 +164,25 @@ def _sorted(config: ConfigFile, fmt: ast.Format, library: Library) -> Reading:
     sorts = [n for n, f in forms.items() if isinstance(f, Sites) and f.condition is not None]
     patterns = [n for n, f in forms.items() if isinstance(f, BySite)]
     biases = next((n for n, f in forms.items() if isinstance(f, Biases)), "")
-    return Reading(config, fmt, method, tuple(sorts), tuple(patterns), biases)
+    kept = {n: f.key for n, f in forms.items() if isinstance(f, KeptBySite)}
+    return Reading(config, fmt, method, tuple(sorts), tuple(patterns), biases, kept)
 
 
-def _tried(reading: Reading) -> tuple[list[Diagnostic], int, Reading]:
-    """What is against a reading, and how many arguments the config names."""
-    known = (*INFORMATIVE, *_ASKED)
+def _tried(reading: Reading, no_model: bool) -> tuple[list[Diagnostic], int, int, Reading]:
+    """What is against a reading, how many fields it does not know, how many arguments are named."""
+    known = (*INFORMATIVE, *ASKED)
     found = [*unknown_fields(reading.fmt, reading.config, known)]
-    for item in fields_of(reading.fmt):
-        kept = isinstance(form_of(item), KeptBySite) and reading.config.get(item.name)
-        if kept:
-            message = f"`{item.name}` says what training left of each site"
-            hint = "attach the folder: its tensors are what was left"
-            found.append(Diagnostic("E515", message, reading.config.span(item.name), hint=hint))
+    unknown = len(found)
+    for name in reading.kept if no_model else ():
+        if reading.config.get(name):
+            message = f"`{name}` says what training left of each site, by its path"
+            span, hint = reading.config.span(name), "give the model, or attach the folder"
+            found.append(Diagnostic("E515", message, span, hint=hint))
     values = {**reading.config.values, **reading.neutral}
     values |= {reading.biases: "none"} if reading.biases else {}
     reader = ConfigReader(reading.fmt, reading.method, replace_values(reading.config, values))
     read = reader.read(_AT, "linear")
-    return [*found, *read.problems], len(read.bound), reading
+    return [*found, *read.problems], unknown, len(read.bound), reading
 
 
 # ------------------------------------------------------------------------------------- parts
@@ -269,23 +249,13 @@ class _Import:
         self.clauses = clauses
         self.model = model
         self.parts = [*self._parts()]
+        self.joints: set[str] = set()
         self.wanted = None if model is None else self._wanted(model)
 
     # -------------------------------------------------------------------------------- targets
 
-    def _targets(self) -> tuple[Chosen, ...]:
-        stated = self.config.get("target_modules")
-        parameters = self.config.get("target_parameters")
-        if stated is None and not parameters:
-            stated = taken_where_absent(self.config, "target_modules", self.model)
-        if isinstance(stated, str) and stated.lower() == EVERY_LINEAR:
-            return (every_linear(self.model, self.config.get("task_type") == "SEQ_CLS"),)
-        if isinstance(stated, str):
-            return (matching(stated, self.config.span("target_modules")),)
-        return all_of(map(str, cast("list[object]", stated or ())))
-
     def _parts(self) -> Iterator[Part]:
-        parts = [Part(chosen) for chosen in self._targets()]
+        parts = [Part(chosen) for chosen in targets_of(self.config, self.model)]
         for name in cast("list[object]", self.config.get("target_parameters") or []):
             parts.append(Part(named(str(name)), kind="matrix"))
         for name in (*self.reading.sorts, *self.reading.patterns):
@@ -293,8 +263,8 @@ class _Import:
             parts = [one for part in parts for one in _split(part, name, groups)]
         yield from parts
 
-    def _arguments(self, part: Part, kind: str | None = None) -> Arguments:
-        given = {**self.reading.neutral, **part.given}
+    def _arguments(self, part: Part, kind: str | None = None, path: str = "") -> Arguments:
+        given = {**self.reading.neutral, **part.given, **self.reading.left(path)}
         return self.reading.arguments(given, kind or part.kind)
 
     # ---------------------------------------------------------------------------- comparison
@@ -307,23 +277,34 @@ class _Import:
             part = self._part_of(entry.path, "linear")
             if part is None or entry.first != index or not self.clauses.takes(entry.path):
                 continue
-            if entry.kind is None:
+            joint = joint_of(entry.module)
+            if joint is not None:
+                found |= self._joint(entry.path, joint, self._arguments(part, joint.kind))
+            elif entry.kind is None:
                 message = f"`{entry.path}` is a {type(entry.module).__name__}"
                 hint = "the config names it, and no method is put on a layer of this kind"
                 report.error("E516", message, self.config.span("target_modules"), hint=hint)
-                continue
-            found[entry.path] = self._arguments(part, entry.kind.name)
-        names = (joined(e.path, n) for e in inventory.entries for n in parameters_of(e.module))
-        for path in dict.fromkeys(names):
-            part = self._part_of(path, "matrix")
-            if part is not None:
-                found[path.removesuffix(".weight")] = self._arguments(part)
+            elif not self.reading.nothing_left(entry.path):
+                found[entry.path] = self._arguments(part, entry.kind.name, entry.path)
+        found |= self._parameters(inventory)
         report.stop()
         if not found:
             message = "the config names no module of the model"
             hint = "it is for another model"
             refuse("E516", message, self.config.span("target_modules"), hint=hint)
         return found
+
+    def _joint(self, path: str, joint: Joint, said: Arguments) -> dict[str, Arguments]:
+        """The sites of modules that the config names as one."""
+        self.joints.add(path)
+        times = multiplied(said, joint.times)
+        return {joined(path, joint.parameter): said, joined(path, joint.child): times}
+
+    def _parameters(self, inventory: Inventory) -> dict[str, Arguments]:
+        """The sites that the config names as parameters."""
+        names = (joined(e.path, n) for e in inventory.entries for n in parameters_of(e.module))
+        parts = ((path, self._part_of(path, "matrix")) for path in dict.fromkeys(names))
+        return {path.removesuffix(".weight"): self._arguments(part) for path, part in parts if part}
 
     def _part_of(self, path: str, kind: str) -> Part | None:
         return next((p for p in self.parts if p.kind == kind and p.takes(path)), None)
@@ -334,8 +315,10 @@ class _Import:
             made = plan(resolve(parse(text), Library.standard()), self.model)
         except SurgeryError:
             return False
-        got = {s.path: s.form.arguments for s in made.sites if not s.site.at.tensor}
-        return got == self.wanted
+        links = {s.path: s.form.links[0] for s in made.sites if not s.site.at.tensor}
+        wanted = {p: Link(self.reading.method, a) for p, a in (self.wanted or {}).items()}
+        got = {path: without_counted(link) for path, link in links.items()}
+        return got == {path: without_counted(link) for path, link in wanted.items()}
 
     # ------------------------------------------------------------------------------------ text
 
@@ -353,6 +336,7 @@ class _Import:
         yield from matches
         heads = [*dict.fromkeys(p.chosen for p in self.parts if p.kind == "linear")]
         yield from self.clauses.trained(self.reading.biases, heads, [*(self.wanted or ())])
+        yield from row_statements(self.reading.config, self.model)
 
     def _nowhere(self) -> Iterator[str]:
         """What is said of names of the config that the model has not."""
@@ -385,7 +369,9 @@ class _Import:
     def _paths(self, part: Part) -> Iterator[str]:
         assert self.wanted is not None  # asked only with a model
         for path in self.wanted:
-            tried = (path,) if part.kind == "linear" else (path, f"{path}.weight")
+            above = path.rpartition(".")[0]
+            path_or_owner = above if above in self.joints else path
+            tried = (path_or_owner,) if part.kind == "linear" else (path, f"{path}.weight")
             if any(self._part_of(p, part.kind) is part for p in tried):
                 yield path
 

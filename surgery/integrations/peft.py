@@ -1,7 +1,8 @@
 """Folders that Hugging Face peft wrote, read without it: the formats say what they mean.
 
-The sites are those that the tensors name, but for empty ones, which add nothing; the method and its
-arguments come from the config, and whatever in it is not understood is refused.
+The sites are those that the tensors name, but for empty ones, which add nothing, and those that the
+config names, where tensors are what all share; the method and its arguments come from the config,
+and whatever in it is not understood is refused.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from math import prod
 from pathlib import Path
-from typing import cast
+from typing import NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from surgery.arguments import Link
 from surgery.artifact import CONFIG, TENSORS, Loaded, taken
 from surgery.check import DEFAULT_ADAPTER, Arguments, Names, Resolved
 from surgery.errors import Diagnostic, Report, Source, Span, refuse
+from surgery.integrations.clauses import targeted
 from surgery.integrations.peft_modules import (
     FIELD,
     copied_modules,
@@ -31,18 +33,20 @@ from surgery.integrations.peft_modules import (
     understood,
 )
 from surgery.integrations.peft_sites import Named, named_sites
-from surgery.integrations.peft_tokens import of_rows, rows_alone, whole_tables
+from surgery.integrations.peft_tokens import of_rows, rows_alone, trained_rows
 from surgery.language import syntax as ast
 from surgery.language.library import Library
 from surgery.mapping import StateDictMapping, mapping_of
 from surgery.mapping.fields import ConfigFile, ConfigReader, unknown_fields
 from surgery.mapping.forms import Biases, constant, form_of, same, shown
 from surgery.mapping.forms import Value as ValueForm
+from surgery.mapping.pieces import named_in
 from surgery.mapping.seats import multiplied, seats_of
 from surgery.mapping.spelling import dialect_of, rows_of
 from surgery.model.holder import ADAPTERS
 from surgery.plan import Assignment, plan_assignments
 from surgery.planned import Plan
+from surgery.remade import with_remade
 from surgery.store import TensorFile, read_json, read_tensors, read_text
 
 NAME = "peft"
@@ -76,7 +80,7 @@ def read_peft(directory: Path, model: nn.Module) -> Loaded:
     config = ConfigFile(read_json(path), Span(source, 0, 1))
     file = _tensors(directory)
     library = Library.standard()
-    file, tables = whole_tables(config, file, model)
+    file, tables = trained_rows(config, file, model)
     if of_copies(config) or of_rows(config):
         return _read_copies(config, file, model, library, tables)
     base = _base_keys(file, model)
@@ -99,6 +103,7 @@ def read_peft(directory: Path, model: nn.Module) -> Loaded:
     mapping = mapping_of(plan, formats=lambda method: (chosen.fmt,))
     tensors = taken(mapping, file, NAME, {*base, *passed, *_repeats(file, mapping, plan)})
     _check_numbers(mapping, tensors)
+    tensors = with_remade(plan, mapping, file, tensors, NAME)
     return Loaded(resolved, assignments, tensors, DEFAULT_ADAPTER)
 
 
@@ -272,11 +277,16 @@ def _equal(file: TensorFile, key: str, own: Tensor) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
-    """One way to read a folder: a method with the arguments of each site, or what is against it."""
+    """One way to read a folder: a method with the arguments of each site, or what is against it.
+
+    unknown: how many fields of the config the format does not know. bound: how many arguments the
+    config names.
+    """
 
     fmt: ast.Format
     method: ast.Method
     sites: tuple[tuple[Named, Arguments], ...]
+    unknown: int
     bound: int
     problems: tuple[Diagnostic, ...]
 
@@ -288,26 +298,34 @@ def _choose(library: Library, config: ConfigFile, keys: list[str], model: nn.Mod
     """
     known = [f for n in library.names() for f in library.formats(n) if f.name == NAME]
     kind = config.values.get("peft_type")
-    formats = [f for f in known if same(_kind(f), kind)]
+    formats = [f for f in known if same(kind_of(f), kind)]
     if not formats:
-        kinds = sorted({str(_kind(f)) for f in known})
-        near = get_close_matches(str(kind), kinds, 1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        refuse(
-            "E516",
-            f"peft_type {shown(kind)} is not known",
-            config.span("peft_type"),
-            hint=f"{hint}there are: {', '.join(kinds)}",
-        )
+        refuse_kind(config, known)
     candidates = [_candidate(f, library, config, keys, model) for f in formats]
-    best = min(candidates, key=lambda c: (len(c.problems), -c.bound))
+    best = min(candidates, key=_against)
     report = Report()
     report.extend(best.problems)
     report.stop()
     return best
 
 
-def _kind(fmt: ast.Format) -> object:
+def _against(one: _Candidate) -> tuple[bool, bool, int, int, int]:
+    """How much there is against a candidate; of those that do not fit, first what it knows."""
+    return bool(one.problems), not one.sites, one.unknown, len(one.problems), -one.bound
+
+
+def refuse_kind(config: ConfigFile, known: Sequence[ast.Format]) -> NoReturn:
+    """Refuse a kind of adapter that neither formats nor the dialect know (E516)."""
+    dialect, kind = dialect_of(NAME), config.get("peft_type")
+    own = (dialect.copies and dialect.copies[0], dialect.rows and dialect.rows.kind)
+    kinds = sorted({*map(str, map(kind_of, known)), *filter(None, own)})
+    near = get_close_matches(str(kind), kinds, 1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    hint += f"there are: {', '.join(kinds)}"
+    refuse("E516", f"peft_type {shown(kind)} is not known", config.span("peft_type"), hint=hint)
+
+
+def kind_of(fmt: ast.Format) -> object:
     """The constant by which a format knows its own configs."""
     for item in fmt.fields:
         form = form_of(item)
@@ -321,9 +339,12 @@ def _candidate(
 ) -> _Candidate:
     method = library.method(fmt.method)
     assert method is not None  # the library names it
-    paths = {p for key in keys if (p := _path(fmt, key)) is not None}
+    paths = {p for key in keys if (p := _path(fmt, key)) is not None} or _told(
+        fmt, config, keys, model
+    )
     report = Report()
-    report.extend(unknown_fields(fmt, config, (*INFORMATIVE, *understood(config))))
+    unknown = [*unknown_fields(fmt, config, (*INFORMATIVE, *understood(config)))]
+    report.extend(unknown)
     if not paths:
         report.error(
             "E516",
@@ -340,7 +361,14 @@ def _candidate(
         report.extend(found.problems)
         sites.append((site, multiplied(found.arguments, site.times)))
         bound = max(bound, len(found.bound))
-    return _Candidate(fmt, method, tuple(sites), bound, tuple(report.found))
+    return _Candidate(fmt, method, tuple(sites), len(unknown), bound, tuple(report.found))
+
+
+def _told(fmt: ast.Format, config: ConfigFile, keys: list[str], model: nn.Module) -> frozenset[str]:
+    """The sites that the config names, where all that is in the file is what they share."""
+    root = dialect_of(fmt.name).root
+    shared = any(key == f"{root}{row.key}" for row in fmt.tensors for key in keys)
+    return targeted(config, model) if shared else frozenset()
 
 
 def _path(fmt: ast.Format, key: str) -> str | None:
@@ -349,5 +377,6 @@ def _path(fmt: ast.Format, key: str) -> str | None:
     if not key.startswith(prefix):
         return None
     name = f".{key.removeprefix(prefix)}"
-    endings = [f".{t.key}" for t in fmt.tensors if name.endswith(f".{t.key}")]
+    known = (f".{named}" for t in fmt.tensors for named in named_in(t.key))
+    endings = [ending for ending in known if name.endswith(ending)]
     return name.removesuffix(max(endings, key=len))[1:] if endings else None

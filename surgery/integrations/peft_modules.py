@@ -15,7 +15,6 @@ from torch import nn
 
 from surgery.arguments import Link
 from surgery.errors import Report
-from surgery.integrations.peft_tokens import BESIDE
 from surgery.language.library import trained
 from surgery.mapping import StateDictMapping
 from surgery.mapping.copies import ALL_BIASES, BIAS, NO_BIASES, heads_of
@@ -33,8 +32,8 @@ FIELD = "modules_to_save"
 
 
 def understood(config: ConfigFile) -> tuple[str, ...]:
-    """The fields that are read here and with rows of tables, if they say what they can say."""
-    return (BESIDE,) if _names(config) is None else (FIELD, BESIDE)
+    """The fields that are read here, if they say what they can say."""
+    return () if _names(config) is None else (FIELD,)
 
 
 def _names(config: ConfigFile) -> list[str] | None:

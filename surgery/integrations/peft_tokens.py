@@ -1,15 +1,14 @@
-"""Rows of an embedding that peft trained: read as a copy of the whole table, with the rows in it.
+"""Rows of tables that peft trained: what `train embed_tokens[5, 9]` is here.
 
 Read from peft 0.21, `tuners/trainable_tokens`: the rows are put into the table, not added to it,
-and a head that the model's config ties to the embedding has the same. There is no parameter for a
-few rows here, so all of the copy is trained if it is trained on.
+and a head that the model's config ties to the embedding has the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from difflib import get_close_matches
-from typing import Any, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,30 +24,35 @@ from surgery.model.parts import ParameterSlice
 from surgery.plan import Assignment
 from surgery.store import TensorFile
 
-ALONE = "TRAINABLE_TOKENS"
-"""The `peft_type` of an adapter that is rows of tables and nothing else."""
-
 BESIDE = "trainable_token_indices"
 """The field of an adapter that has such rows besides."""
 
-FIELDS = ("peft_type", "target_modules", "token_indices", "init_weights")
+_CALLED = dialect_of("peft").rows
+assert _CALLED is not None  # the dialect's own row says so
+
+ROWS = _CALLED
+"""How peft calls trained rows."""
+
+FIELDS = ("peft_type", "target_modules", ROWS.field, "init_weights")
 """What a config of an adapter that is rows and nothing else has."""
 
-_ENDINGS = (".token_adapter.trainable_tokens_delta", ".trainable_tokens_delta")
+_ENDINGS = (f".{ROWS.inside}.{ROWS.tensor}", f".{ROWS.tensor}")
 
 
-def whole_tables(
+def trained_rows(
     config: ConfigFile, file: TensorFile, model: nn.Module
 ) -> tuple[TensorFile, dict[str, Assignment]]:
-    """The file with whole tables instead of rows, and the copies that they are, by their names.
+    """The file with each table's rows once, and the sites that they are, by the tables' names.
 
     Raises ArtifactError: E516 for a module that the model has not, E515 for rows that the config
-    does not say, E518 for rows that the table has not, or a table that is on meta.
+    does not say, E518 for rows that the table has not.
     """
     report, found = Report(), dict[str, Assignment]()
     entries = {entry.path: entry for entry in survey(model).entries}
     shared: dict[int, str] = {}
-    for key, path in _keys(file):
+    order = {path: index for index, path in enumerate(entries)}
+    # Of tables that share their rows the first is the site, as with any weight that is shared.
+    for key, path in sorted(_keys(file), key=lambda row: order.get(row[1], -1)):
         entry = entries.get(path)
         table = None if entry is None else parameters_of(entry.module).get("weight")
         if entry is None or table is None:
@@ -56,21 +60,17 @@ def whole_tables(
             hint = f"the nearest is `{near[0]}`" if near else "it was made for another model"
             report.error("E516", f"the model has no table `{path}`", hint=hint)
             continue
-        copy = _copy(entry, config, model)
-        first = shared.setdefault(id(table), key) if copy.tie == "share" else key
-        rows = _rows(config, path)
+        rows = rows_said(config, path)
+        site = _site(entry, config, model, tuple(rows))
+        first = shared.setdefault(id(table), key) if site.tie == "share" else key
         problem = _problem(rows, table, file, key, first)
         if problem is not None:
             report.error(problem[0], f"`{key}`: {problem[1]}", hint=problem[2])
         elif first != key:
             file = file.without(key)
         else:
-            found[joined(path, "weight")] = copy
+            found[joined(path, "weight")] = site
     report.stop()
-    for key, path in _keys(file):
-        table = cast(Tensor, parameters_of(entries[path].module)["weight"])
-        put = _Put(table, _rows(config, path))
-        file = file.made(key, f"{dialect_of('peft').site}{path}.weight", tuple(table.shape), put)
     return file, found
 
 
@@ -85,7 +85,7 @@ def _keys(file: TensorFile) -> Iterator[tuple[str, str]]:
 
 def of_rows(config: ConfigFile) -> bool:
     """Whether a config is of an adapter that is rows of tables and nothing else."""
-    return config.get("peft_type") == ALONE
+    return config.get("peft_type") == ROWS.kind
 
 
 def rows_alone(
@@ -93,7 +93,7 @@ def rows_alone(
 ) -> dict[str, Assignment]:
     """The tables of such an adapter. Raises ArtifactError: E515 for a field that is not known."""
     report = Report()
-    report.extend(unknown_values(config, {*informative, *FIELDS}, ALONE))
+    report.extend(unknown_values(config, {*informative, *FIELDS}, ROWS.kind))
     if not tables:
         message = "no tensor of the folder is rows of one of the model's tables"
         report.error("E516", message, config.source, hint="it was made for another model")
@@ -101,9 +101,9 @@ def rows_alone(
     return tables
 
 
-def _rows(config: ConfigFile, path: str) -> list[int]:
+def rows_said(config: ConfigFile, path: str) -> list[int]:
     """The rows of a table that a config names; none if it does not say."""
-    stated = config.get("token_indices") if of_rows(config) else config.get(BESIDE)
+    stated = config.get(ROWS.field) if of_rows(config) else config.get(BESIDE)
     if isinstance(stated, Mapping):
         named = cast("Mapping[str, object]", stated)
         stated = next((rows for name, rows in named.items() if path.endswith(name)), None)
@@ -128,26 +128,18 @@ def _problem(
         return "E518", f"its shape is {list(shape)}, not {list(wanted)}", "copy the folder again"
     if key != first and not torch.equal(file[key], file[first]):
         return "E518", f"it is another than `{first}`, and the two are tied", "copy it again"
-    if table.is_meta:
-        return "E518", "the table that it is put into is on meta", "load the base's weights first"
     return None
 
 
-class _Put:
-    """Puts rows into a copy of a table."""
-
-    def __init__(self, table: Tensor, rows: list[int]) -> None:
-        self.table, self.rows = table, torch.tensor(rows)
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """[n, columns] to the whole table."""
-        return self.table.detach().cpu().to(rows.dtype).index_copy(0, self.rows, rows)
+def _site(entry: Entry, config: ConfigFile, model: nn.Module, rows: tuple[int, ...]) -> Assignment:
+    at = ParameterSlice("weight", bias="", tensor=True, picked=rows)
+    span = config.span(ROWS.field if of_rows(config) else BESIDE)
+    return Assignment(entry.path, (Link(trained(), ()),), span, at, tie_of(entry.path, model))
 
 
-def _copy(entry: Entry, config: ConfigFile, model: nn.Module) -> Assignment:
-    tied = joined(entry.path, "weight") in survey(model).ties
-    said = cast(Any, getattr(model, "config", None))
-    tie = ("share" if getattr(said, "tie_word_embeddings", False) else "untie") if tied else None
-    at = ParameterSlice("weight", bias="", tensor=True)
-    span = config.span("token_indices" if of_rows(config) else BESIDE)
-    return Assignment(entry.path, (Link(trained(), ()),), span, at, tie)
+def tie_of(path: str, model: nn.Module) -> Literal["share", "untie"] | None:
+    """What becomes of a table that is tied: a head that the config ties has the same rows."""
+    if joined(path, "weight") not in survey(model).ties:
+        return None
+    config = getattr(model, "config", None)
+    return "share" if getattr(config, "tie_word_embeddings", False) else "untie"

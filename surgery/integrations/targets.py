@@ -110,6 +110,21 @@ def _head(model: nn.Module, classifies: bool) -> nn.Module | None:
     return cast("nn.Module | None", head)
 
 
+def targets_of(config: ConfigFile, model: nn.Module | None) -> tuple[Chosen, ...]:
+    """The modules that a config puts its method on, but for what it leaves out of them.
+
+    Raises SpecSyntaxError for a regex, ArtifactError (E515) where they are not said.
+    """
+    stated = config.get("target_modules")
+    if stated is None and not config.get("target_parameters"):
+        stated = taken_where_absent(config, "target_modules", model)
+    if isinstance(stated, str) and stated.lower() == EVERY_LINEAR:
+        return (every_linear(model, config.get("task_type") == "SEQ_CLS"),)
+    if isinstance(stated, str):
+        return (matching(stated, config.span("target_modules")),)
+    return all_of(map(str, cast("list[object]", stated or ())))
+
+
 # ------------------------------------------------------------------------------ what is absent
 
 

@@ -9,7 +9,6 @@ import importlib
 import inspect
 import os
 import re
-import traceback
 import warnings
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -22,11 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import SurgeryError, refuse
+from surgery.integrations.factories import PYTHON, given_by, said
 
 # transformers leaves most of its signatures open, so its classes and configs are `Any` here.
 
-PYTHON = "python:"
-_FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SUBFOLDERS = ("", "0_Transformer")
 _INSTALL = "install the `models` extra: pip install 'model-surgery[models]'"
@@ -57,24 +55,7 @@ def load_model(reference: str, *, meta: bool = False, trust: bool = False) -> nn
 
 
 def _from_factory(reference: str, trust: bool) -> nn.Module:
-    name = reference.removeprefix(PYTHON)
-    if not _FACTORY.fullmatch(name):
-        refuse(
-            "E501",
-            f"`{reference}` is not python:package.module:factory",
-            hint="such as python:my_models.small:make, a function that gives the model",
-        )
-    if not trust:
-        hint = "add --trust (in Python: trust=True) if you know what it does"
-        refuse("E505", f"`{reference}` would run code", hint=hint)
-    module, _, attribute = name.partition(":")
-    try:
-        factory = cast(Callable[[], object], getattr(importlib.import_module(module), attribute))
-        model = factory()
-    except SurgeryError:
-        raise
-    except Exception as error:  # whatever a stranger's factory raises
-        refuse("E503", f"`{reference}` failed: {_said(error)}", hint=_where(error))
+    model = given_by(reference, "the model", trust=trust)
     if isinstance(model, nn.Module):
         return model.eval()
     refuse(
@@ -112,7 +93,7 @@ def _from_hub(reference: str, meta: bool) -> Path:
     except Exception as error:  # the hub's errors, those of its transport and of the file system
         refuse(
             "E504",
-            f"`{reference}` is no folder here, and cannot be had from the hub: {_said(error)}",
+            f"`{reference}` is no folder here, and cannot be had from the hub: {said(error)}",
             hint=_near_folder(reference),
         )
     return _local(Path(folder))
@@ -143,7 +124,7 @@ def _from_folder(folder: Path, meta: bool) -> nn.Module:
     except Exception as error:  # a damaged file may fail anywhere in the reader
         refuse(
             "E502",
-            f"`{folder}` cannot be read as a model: {_said(error)}",
+            f"`{folder}` cannot be read as a model: {said(error)}",
             hint="what AutoModel.from_pretrained reads is read here; download or copy it again",
         )
 
@@ -217,19 +198,6 @@ def _quiet() -> Generator[None]:
             log.set_verbosity(verbosity)
             if bars:
                 log.enable_progress_bar()
-
-
-def _said(error: Exception) -> str:
-    """The first line of an error, after its type."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def _where(error: Exception) -> str:
-    """The place in the code that failed."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    # Raised by the call itself, or by the import before it.
-    return _FACTORY_IS if last.filename == __file__ else f"raised in {last.filename}:{last.lineno}"
 
 
 _FACTORY_IS = "name a function that is called without arguments and returns the model"

@@ -178,11 +178,18 @@ class Complement(Node):
 
 
 @node
+class Indices(Node):
+    """`[0, 3, -1]`; in scopes and of rows."""
+
+    values: tuple[Expression, ...]
+
+
+@node
 class Rows(Node):
-    """`q_proj[0:64]`: of each thing that the pattern takes, some rows of W[out, in]."""
+    """`q_proj[0:64]`, `embed_tokens[5, 9]`: of each thing that the pattern takes, some rows."""
 
     pattern: Pattern
-    rows: Slice
+    rows: Slice | Indices
 
 
 Selector = Pattern | Either | Both | Complement | Rows
@@ -191,13 +198,6 @@ Selector = Pattern | Either | Both | Complement | Rows
 @node
 class Every(Node):
     """`[*]`."""
-
-
-@node
-class Indices(Node):
-    """`[0, 3, -1]`."""
-
-    values: tuple[Expression, ...]
 
 
 Index = Every | Indices | Slice

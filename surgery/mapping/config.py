@@ -10,7 +10,7 @@ from typing import Any, cast
 from torch import nn
 
 from surgery.algebra.scalars import Scalars, plain
-from surgery.arguments import Arguments
+from surgery.arguments import Arguments, counted
 from surgery.errors import Source, Span, refuse
 from surgery.language import syntax as ast
 from surgery.mapping.copies import about, copied
@@ -25,6 +25,7 @@ from surgery.mapping.forms import (
     Sites,
     Table,
     Tied,
+    TrainedRows,
     Value,
     constant,
     default_of,
@@ -39,6 +40,7 @@ from surgery.mapping.forms import (
 from surgery.mapping.paths import at_start, ending, exactly
 from surgery.mapping.seats import Seat, copies_alone, divided, seats_of
 from surgery.mapping.spelling import DIALECTS, Formats, chosen_format, dialect_of, rows_of
+from surgery.mapping.tables import tables_of
 from surgery.planned import Plan, PlannedSite, SiteClass
 
 PEFT = "peft"
@@ -87,12 +89,20 @@ def foreign_config(
     sites = [s for s in plan.sites if s.adapter == adapter]
     if not sites:
         return Reason("the adapter has no site")
-    if any(site.site.tie == "share" for site in sites):
+    if any(site.site.tie == "share" and not site.site.at.picked for site in sites):
         return Reason(f"{name} has no place for an adapter of a weight that several layers share")
     if dialect_of(name).copies is not None and copies_alone(sites):
         return _of_copies(name, sites, model)
+    tables = tables_of(sites, model)
+    if isinstance(tables, str):
+        return Reason(f"{name}: {tables}")
+    if len(tables) == len(sites):
+        return _of_rows(name, sites, tables, model)
     fmt = _format_of(plan, name, sites, formats or plan.resolved.library.formats)
-    return fmt if isinstance(fmt, Reason) else _whole_config(fmt, sites, model)
+    if isinstance(fmt, Reason):
+        return fmt
+    config = _whole_config(fmt, sites, model)
+    return config if isinstance(config, Reason) or not tables else _with_rows(config, tables)
 
 
 def saying(formats: Formats, name: str, values: Mapping[str, object]) -> Formats:
@@ -122,10 +132,17 @@ def _says(fmt: ast.Format, values: Mapping[str, object]) -> bool:
 
 
 def _constants(fmt: ast.Format) -> dict[str, object]:
-    """The fields that have one value, whatever the arguments."""
-    values = {item.name: item.value for item in fields_of(fmt)}
-    plain_values = (ast.Text, ast.Number, ast.Truth)
-    return {n: constant(v) for n, v in values.items() if isinstance(v, plain_values)}
+    """The fields that are written with one value, whatever the arguments."""
+    found: dict[str, object] = {}
+    for item in fields_of(fmt):
+        match form_of(item):
+            case Value(ast.Text() | ast.Number() | ast.Truth() as leaf):
+                found[item.name] = constant(leaf)
+            case OneOf((first, *_)):
+                found[item.name] = first
+            case _:
+                continue
+    return found
 
 
 def _of_copies(name: str, sites: Sequence[PlannedSite], model: nn.Module | None) -> ForeignConfig:
@@ -137,6 +154,35 @@ def _of_copies(name: str, sites: Sequence[PlannedSite], model: nn.Module | None)
     values = {"peft_type": copies[0], "target_modules": modules}
     fmt = ast.Format(name, sites[0].form.method.name, (), (), span=sites[0].span)
     return ForeignConfig(fmt, {**values, **({} if model is None else about(model, ()))})
+
+
+def _of_rows(
+    name: str,
+    sites: Sequence[PlannedSite],
+    tables: Mapping[str, list[int]],
+    model: nn.Module | None,
+) -> ForeignConfig | Reason:
+    """The config of an adapter that is rows of tables and nothing else."""
+    rows = dialect_of(name).rows
+    if rows is None:
+        return Reason(f"{name} has no adapters that are rows of tables alone")
+    first = next(iter(tables.values()))
+    other = next((path for path, some in tables.items() if some != first), None)
+    if other is not None:
+        return Reason(f"{name} has the same rows of every table, and `{other}` has others")
+    modules = [*tables] if all("." in path for path in tables) else exactly(tables)
+    values = {"peft_type": rows.kind, "target_modules": modules, rows.field: first}
+    fmt = ast.Format(name, sites[0].form.method.name, (), (), span=sites[0].span)
+    return ForeignConfig(fmt, {**values, **({} if model is None else about(model, ()))})
+
+
+def _with_rows(config: ForeignConfig, tables: Mapping[str, list[int]]) -> ForeignConfig | Reason:
+    """A config that has rows of tables as well."""
+    fmt = config.format
+    field = next((f.name for f in fields_of(fmt) if isinstance(form_of(f), TrainedRows)), None)
+    if field is None:
+        return Reason(f"{fmt.name} has no rows of tables beside {fmt.method}")
+    return ForeignConfig(fmt, {**config.values, field: dict(tables)})
 
 
 def _format_of(
@@ -276,7 +322,7 @@ def _config(fmt: ast.Format, sites: Sequence[_Named], biases: str) -> ForeignCon
                     return reason
             case Biases():
                 values[item.name] = biases
-            case BySite() | Table() | Anything(None):
+            case BySite() | Table() | TrainedRows() | Anything(None):
                 pass  # written with its argument's own field, or its own fields; not written
             case Anything(value):
                 values[item.name] = value
@@ -386,13 +432,15 @@ def _paths(
 def _read_back(config: ForeignConfig, sites: Sequence[_Named]) -> ForeignConfig | Reason:
     text = Source("adapter_config.json", "")
     file = ConfigFile(config.values, Span(text, 0, 0))
-    reader = ConfigReader(config.format, sites[0].form.method, file, [s.path for s in sites])
+    method = sites[0].form.method
+    reader = ConfigReader(config.format, method, file, [s.path for s in sites])
+    told = counted(method)  # who reads it has all sites, and is told the same
     for site in sites:
         found = reader.read(site.path, site.kind)
         if found.problems:
             return Reason(f"`{site.path}`: {found.problems[0].message}")
         for (name, value), (_, read) in zip(site.arguments, found.arguments, strict=True):
-            if value != read:
+            if value != read and name not in told:
                 return Reason(
                     f"{config.format.name} cannot say {name} = {shown(value)} at `{site.path}` "
                     f"({site.kind}); it means {shown(read)} there"

@@ -34,7 +34,7 @@ def copied(
 
     own_biases: what stands for the biases of adapted layers; None if no biases can be named.
     """
-    copies = {site.path: site for site in sites if site.site.at.tensor}
+    copies = {s.path: s for s in sites if s.site.at.tensor and not s.site.at.picked}
     if not copies:
         return Copied()
     some = next(iter(copies))

@@ -22,6 +22,7 @@ from surgery.mapping.forms import (
     Sites,
     Table,
     Tied,
+    TrainedRows,
     Value,
     chosen,
     constant,
@@ -194,7 +195,7 @@ class _Reader:
                 if other is not None:
                     self.overridden.add(argument)
                     self._take(argument, other, item)
-            case Sites() | Parameters() | Biases() | Table() | OneOf() | Anything():
+            case Sites() | Parameters() | TrainedRows() | Biases() | Table() | OneOf() | Anything():
                 pass
             case _:
                 assert_never(form)
@@ -251,7 +252,7 @@ class _Reader:
                 wanted = _wanted(form, found)
                 if wanted:
                     yield self._mismatch(item, found, f"{self.method.name} has {wanted} there")
-            case Sites() | BySite() | KeptBySite() | Tied() | Anything():
+            case Sites() | TrainedRows() | BySite() | KeptBySite() | Tied() | Anything():
                 pass
             case _:
                 assert_never(form)

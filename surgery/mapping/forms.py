@@ -44,6 +44,11 @@ class Parameters:
 
 
 @dataclass(frozen=True, slots=True)
+class TrainedRows:
+    """`rows()`: path to the rows of tables that are trained besides, if there are any."""
+
+
+@dataclass(frozen=True, slots=True)
 class Biases:
     """`biases("m_only")`: whose biases are trained copies.
 
@@ -108,7 +113,19 @@ class Anything:
     value: object = None
 
 
-Form = Value | Sites | Parameters | Biases | Table | BySite | KeptBySite | Tied | OneOf | Anything
+Form = (
+    Value
+    | Sites
+    | Parameters
+    | TrainedRows
+    | Biases
+    | Table
+    | BySite
+    | KeptBySite
+    | Tied
+    | OneOf
+    | Anything
+)
 
 
 def fields_of(fmt: ast.Format) -> Iterator[ast.Field]:
@@ -139,6 +156,7 @@ _CALLS = frozenset(
         "sites",
         "sites_with",
         "parameters",
+        "rows",
         "biases",
         "table",
         "by_site",
@@ -163,7 +181,7 @@ def _form(expression: ast.Expression) -> Form:
             "E104",
             "this is no way to call it",
             expression.span,
-            hint="there are sites(…), sites_with(CONDITION), parameters(), biases(NAME), "
+            hint="there are sites(…), sites_with(CONDITION), parameters(), rows(), biases(NAME), "
             "by_site(ARGUMENT), by_ending(ARGUMENT), kept_by_site(KEPT, ALL, KEY), tied(ARGUMENT), "
             "table(FIELD = …), any(), one_of(VALUE, …) and any_but(VALUE, …, written = …)",
         )
@@ -177,8 +195,8 @@ def _of_paths(expression: ast.Expression) -> Form | None:
             return Sites(None)
         case ast.Call("sites" | "sites_with" as name, (condition,)):
             return Sites(condition, name == "sites_with")
-        case ast.Call("parameters", ()):
-            return Parameters()
+        case ast.Call("parameters" | "rows" as name, ()):
+            return Parameters() if name == "parameters" else TrainedRows()
         case ast.Call("biases", (ast.Text(value=own),)):
             return Biases(own)
         case ast.Call("by_site" | "by_ending" as call, (ast.Name(id=name),)):

@@ -11,7 +11,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from surgery.errors import Report, refuse
+from surgery.errors import ArtifactError, Report, refuse
+from surgery.mapping.pieces import joined, pieces_of, sizes_of
 from surgery.mapping.seats import Seat, seats_of
 from surgery.mapping.spelling import DIALECTS, Formats, Spelling, chosen_format, place_of
 from surgery.model.holder import SHARED, parameters_of, shared_name, under_adapters
@@ -127,7 +128,9 @@ class StateDictMapping:
         others = {row.key(source) for row in self.rows} - index.keys()
         if source == ADAPTED:  # a copy stands for the base's own, under its key
             others |= {row.key(to) for row in index.values() if row.copy}
-        for key, tensor in state_dict.items():
+        numbered = {key: row for key, row in index.items() if pieces_of(key) is not None}
+        tensors = joined(state_dict, {k: row.file_shape(source) for k, row in numbered.items()})
+        for key, tensor in tensors.items():
             row = index.get(key)
             if row is None:
                 if key not in others and _kept(key, source, index, report):
@@ -140,9 +143,37 @@ class StateDictMapping:
                 hint = f"{to} has no spelling of this method; leave `{key}` out"
                 report.error("E518", f"`{key}` has no key in {to}", hint=hint)
                 continue
-            renamed[target] = row.converted(tensor, source, to)
+            renamed |= self._pieces(row, target, row.converted(tensor, source, to), tensors, source)
         report.stop()
         return renamed
+
+    def obstacle(self, tensors: Mapping[str, Tensor], to: str) -> str:
+        """Why another form has no place for the values of tensors, by adapted names; "" if it has.
+
+        A plan does not show it, for it is of the values alone.
+        """
+        names = {row.adapted for row in self.rows if pieces_of(row.key(to) or "") is not None}
+        if not names & tensors.keys():
+            return ""
+        try:
+            self.rename(tensors, ADAPTED, to)
+        except ArtifactError as error:
+            return error.diagnostics[0].message
+        return ""
+
+    def _pieces(
+        self, row: Row, key: str, tensor: Tensor, tensors: Mapping[str, Tensor], source: str
+    ) -> dict[str, Tensor]:
+        """A tensor by its key, or its pieces by theirs."""
+        pieces = pieces_of(key)
+        if pieces is None:
+            return {key: tensor}
+        beside = (r for r in self.rows if (r.adapter, r.site) == (row.adapter, row.site))
+        by = next((r.key(source) for r in beside if r.name == pieces.by), None)
+        if pieces.by and by not in tensors:
+            hint = "rename the adapter's tensors all at once, from the adapted or the native form"
+            refuse("E518", f"`{key}` is cut by {pieces.by}, which is not there", hint=hint)
+        return pieces.cut(tensor, sizes_of(tensors[by]) if pieces.by and by is not None else ())
 
     def to_json(self) -> str:
         """The mapping as JSON text; `from_json` reads it back."""
@@ -251,8 +282,14 @@ def _site_rows(
     for p in form.parameters:
         if p.shared:
             continue
-        copy = p.name in form.lying
+        copy = p.name in form.lying and form.at.whole
         spellings = (_at(s, seats, site.path) for s in known.get(p.name, ()))
+        if form.at.picked:
+            spellings = (
+                _at(Spelling(n, f"{DIALECTS[n].site}{{}}.{seat.tensor}"), seats, site.site.owner)
+                for n, seat in seats.items()
+                if seat.tensor
+            )
         if copy:
             parameter = site.site.at.parameter
             spellings = (

@@ -72,6 +72,7 @@ class Seat:
     parameter: whether it is named as a parameter, and not by its module.
     joint: the path of the modules that are named as one, if it is one of their sites. times: of
         its arguments those that are a multiple of what configs say.
+    tensor: what trained rows of a table are called there; "" where they have no place.
     """
 
     module: str
@@ -80,11 +81,12 @@ class Seat:
     parameter: bool = False
     joint: str | None = None
     times: Times = ()
+    tensor: str = ""
 
 
 def whole(at: ParameterSlice) -> bool:
     """Whether a slice is all of a parameter."""
-    return at.index is None and at.part is None
+    return at.whole
 
 
 def seats_of(sites: Sequence[PlannedSite], dialect: Dialect) -> tuple[Seat, ...]:
@@ -102,6 +104,8 @@ class _Rows:
         self.joints: dict[str, Joint] = {}
         self.marked = dialect.copies[1] if dialect.copies and copies_alone(sites) else ""
         modules: dict[str, nn.Module] = {}
+        self.tables = [site.site.owner for site in sites if site.site.at.picked]
+        self.inside = dialect.rows is not None and len(self.tables) < len(sites)
         for site in sites:
             if not site.site.at.tensor and whole(site.site.at):
                 modules[site.site.owner] = site.site.module
@@ -136,6 +140,12 @@ class _Rows:
 
     def _of_copy(self, owner: str, site: PlannedSite) -> Seat:
         module = self._module(owner, len(self.around.get(owner, ())))
+        rows = self.dialect.rows
+        if site.site.at.picked:
+            alone = self.tables.count(owner) == 1 and site.site.at.parameter == "weight"
+            module = _joined(module, rows.inside) if rows is not None and self.inside else module
+            tensor = rows.tensor if rows is not None and alone else ""
+            return Seat(module, site.path, site.form.kind.name, parameter=True, tensor=tensor)
         module = _joined(module, self.marked) if self.marked else module
         return Seat(module, site.path, site.form.kind.name, parameter=True)
 
@@ -165,7 +175,7 @@ def copies_alone(sites: Sequence[PlannedSite]) -> bool:
     """Whether an adapter is copies of all parameters of some modules, which have no children."""
     owned: dict[str, set[str]] = {}
     for site in sites:
-        if not site.site.at.tensor or site.site.tie == "share":
+        if not site.site.at.tensor or site.site.at.picked or site.site.tie == "share":
             return False
         owned.setdefault(site.site.owner, set()).add(site.site.at.parameter)
     modules = {site.site.owner: site.site.module for site in sites}

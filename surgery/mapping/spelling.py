@@ -14,6 +14,7 @@ from surgery.algebra.scalars import Scalars
 from surgery.check import Arguments
 from surgery.errors import refuse
 from surgery.language import syntax as ast
+from surgery.mapping.pieces import counted_in, numbered
 from surgery.model.layers import Geometry, Sizes
 from surgery.model.parts import WHOLE
 from surgery.planned import SiteClass
@@ -30,6 +31,21 @@ Formats = Callable[[str], tuple[ast.Format, ...]]
 
 
 @dataclass(frozen=True, slots=True)
+class TableRows:
+    """How trained rows of tables are called.
+
+    kind, field: the value of `peft_type` of adapters that are such rows and nothing else, and what
+        says which. inside: what stands in keys behind the path of a table where there is more.
+    tensor: what the rows are called in keys.
+    """
+
+    kind: str
+    field: str
+    inside: str
+    tensor: str
+
+
+@dataclass(frozen=True, slots=True)
 class Dialect:
     """What is common to all that a format says, whatever the method.
 
@@ -38,18 +54,24 @@ class Dialect:
         does, and parameters that are matrices by themselves have no place.
     copies: the value of `peft_type` of adapters that are copies of whole modules and nothing else,
         and what stands in their keys between the path of a module and the name of its parameter.
+    rows: how trained rows of tables are called, if there are any.
     """
 
     site: str = ""
     root: str = ""
     around: str = ""
     copies: tuple[str, str] | None = None
+    rows: TableRows | None = None
 
 
 # A format that is not listed begins its keys with nothing.
 DIALECTS: Mapping[str, Dialect] = {
     "peft": Dialect(
-        "base_model.model.", "base_model.", "base_layer", ("LN_TUNING", "ln_tuning_layers")
+        "base_model.model.",
+        "base_model.",
+        "base_layer",
+        ("LN_TUNING", "ln_tuning_layers"),
+        TableRows("TRAINABLE_TOKENS", "token_indices", "token_adapter", "trainable_tokens_delta"),
     )
 }
 
@@ -145,9 +167,12 @@ class Place:
         dialect = dialect_of(fmt.name)
         prefix = dialect.root if shared else dialect.site + (f"{path}." if path else "")
         axes = set(_AXIS.findall(row.layout or ""))
-        sizes = tuple((n, v) for n, v in self.facts.items() if n in axes and isinstance(v, int))
         arguments = dict(self.arguments)
+        counts = {n: arguments[n] for n in counted_in(row.key)}
+        known = {**counts, **self.facts}
+        sizes = tuple((n, v) for n, v in known.items() if n in axes and type(v) is int)
         key = _IN_KEY.sub(lambda found: str(arguments[found.group(1)]), row.key)
+        key = numbered(key, arguments)
         return Spelling(fmt.name, prefix + key, row.layout or "", sizes)
 
 

@@ -65,6 +65,7 @@ def facts_of(index: int, region: Region, inventory: Inventory, one: Candidate) -
         facts |= {"in": sizes.fan_in, "out": sizes.fan_out}
     if weight is not None:
         size = weight.numel() if at.index is None else weight[at.index].numel()
+        size = size // len(weight) * len(at.picked) if at.picked else size
         facts["numel"] = size if at.part is None else size // at.part.whole * at.part.length
         facts["dtype"] = str(weight.dtype).removeprefix("torch.")
     return facts

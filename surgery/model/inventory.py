@@ -9,10 +9,11 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from surgery.language.syntax import Tie
@@ -300,11 +301,16 @@ def site_at(
         container=container,
         at=at,
         batch=batch_of(kind, entry.module, at),
-        shape=tuple(weight.shape) if at.tensor else None,
+        shape=_lying(at, weight) if at.tensor else None,
         mode=mode,
         tie=tie,
         followers=followers,
     )
+
+
+def _lying(at: ParameterSlice, weight: Tensor) -> tuple[int, ...]:
+    """The shape of a parameter as it lies, or of what is picked of it."""
+    return (len(at.picked), *weight.shape[1:]) if at.picked else tuple(weight.shape)
 
 
 def sizes_of(kind: LayerKind, module: nn.Module, at: ParameterSlice) -> Sizes:
@@ -313,7 +319,7 @@ def sizes_of(kind: LayerKind, module: nn.Module, at: ParameterSlice) -> Sizes:
     if at.tensor:
         weight = parameters_of(module)[at.parameter]
         assert weight is not None
-        return Sizes(1, weight.numel(), 1)
+        return Sizes(1, prod(_lying(at, weight)), 1)
     if kind.bare:
         weight = parameters_of(module)[at.parameter]
         assert weight is not None

@@ -100,6 +100,7 @@ class ParameterSlice:
     index: the matrix of a batch, if it is one of them alone.
     part: the rows, if not all.
     tensor: whether it is no matrix, but the parameter as it lies, of any number of axes.
+    picked: of a parameter as it lies the entries of its first axis, in their order, if not all.
     """
 
     parameter: str = "weight"
@@ -107,6 +108,7 @@ class ParameterSlice:
     index: int | None = None
     part: Part | None = None
     tensor: bool = False
+    picked: tuple[int, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -114,11 +116,29 @@ class ParameterSlice:
         whole = self.parameter == "weight" and not self.tensor
         own = () if whole else (self.parameter,)
         index = () if self.index is None else (str(self.index),)
-        return (*own, *index, *(() if self.part is None else (self.part.name,)))
+        picked = (_picked_name(self.picked),) if self.picked else ()
+        return (*own, *index, *picked, *(() if self.part is None else (self.part.name,)))
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is all of its parameter."""
+        return self.index is None and self.part is None and not self.picked
 
     def one(self, stored: Tensor) -> Tensor:
-        """The matrix of a batch, or its bias, as it is stored; a view."""
+        """The matrix of a batch, or its bias, or what is picked, as it is stored.
+
+        A view, but for entries that do not stand together.
+        """
+        if self.picked:
+            return entries(stored, self.picked)
         return stored if self.index is None else stored.select(0, self.index)
+
+    def put(self, stored: Tensor, one: Tensor) -> None:
+        """Put what `one` gives into what is stored, in place."""
+        if self.picked:
+            stored[list(self.picked)] = one
+        else:
+            self.one(stored).copy_(one)
 
     def rows(self, tensor: Tensor, axis: int) -> Tensor:
         """The rows of matrices [..., out, in] or entries of biases [..., out]."""
@@ -128,8 +148,36 @@ class ParameterSlice:
         """Whether two slices of one module have some element in common."""
         if self.parameter != other.parameter:
             return False
+        if self.picked and other.picked:
+            return not set(self.picked).isdisjoint(other.picked)
         apart = None not in (self.index, other.index) and self.index != other.index
         return not apart and overlap(self.part, other.part)
+
+
+def run_of(picked: tuple[int, ...]) -> tuple[int, int] | None:
+    """Start and end of entries that stand together in order; None if they do not."""
+    first, last = picked[0], picked[-1]
+    return (first, last + 1) if picked == tuple(range(first, last + 1)) else None
+
+
+def entries(stored: Tensor, picked: tuple[int, ...]) -> Tensor:
+    """Some entries of the first axis of a tensor; a view where they stand together."""
+    run = run_of(picked)
+    return stored[list(picked)] if run is None else stored.narrow(0, run[0], len(picked))
+
+
+_NAMED = 4  # more entries are counted, since no two slices of an adapter share their first
+
+
+def _picked_name(picked: tuple[int, ...]) -> str:
+    run = run_of(picked)
+    if len(picked) == 1:
+        return f"row_{picked[0]}"
+    if run is not None:
+        return f"rows_{run[0]}_{run[1]}"
+    if len(picked) <= _NAMED:
+        return f"rows_{'_and_'.join(map(str, picked))}"
+    return f"rows_{picked[0]}_and_{len(picked) - 1}_more"
 
 
 WHOLE = ParameterSlice()

@@ -157,6 +157,8 @@ def _fits(entry: Entry, kind: LayerKind | None, at: ParameterSlice) -> bool:
         return True  # which is refused for another reason
     if at.index is not None and not (kind.bare and weight.dim() == 3 and at.index < len(weight)):
         return False
+    if at.picked:
+        return weight.dim() > 1 and all(row < len(weight) for row in at.picked)
     rows = sizes_of(kind, entry.module, replace(at, part=None)).fan_out
     return at.part is None or (at.part.fits and at.part.whole == rows)
 

@@ -233,11 +233,11 @@ def _stored(module: nn.Module, at: ParameterSlice) -> Tensor:
 
 
 def _put_in(module: nn.Module, at: ParameterSlice, one: Tensor) -> Tensor:
-    """The whole parameter, with another matrix in it where a site is part of one of a batch."""
-    if at.index is None:
+    """The whole parameter, with what a site is in it, where that is not all of it."""
+    if at.index is None and not at.picked:
         return one
     made = _stored(module, at).detach().clone()
-    at.one(made).copy_(one)
+    at.put(made, one)
     return made
 
 
