@@ -110,7 +110,28 @@ def qalora(w: Tensor, p: Parameters, a: Arguments) -> Tensor:
     return w + scale(a) * p["B"] @ p["A"] @ (w.shape[1] // g * mean)
 
 
+def adamss(w: Tensor, p: Parameters, a: Arguments) -> Tensor:
+    """Each row of the change is of its cluster; the rows of B stand in the order of these."""
+    return w + _by_clusters(p, a)[:, : w.shape[1]]
+
+
+def adamss_bias(b: Tensor, p: Parameters, a: Arguments) -> Tensor:
+    """The bias is the last column."""
+    return b + _by_clusters(p, a)[:, -1]
+
+
+def _by_clusters(p: Parameters, a: Arguments) -> Tensor:
+    label, s = list(map(int, p["C"].argmax(1))), p["B"].shape[1]
+    assert s <= a["subspace_rank"]
+    places = sorted(range(len(label)), key=lambda i: (label[i], i))
+    rows = dict[int, Tensor]()
+    for row, place in zip(p["B"], places, strict=True):
+        rows[place] = row @ p["A"][label[place] * s : (label[place] + 1) * s] @ p["V"]
+    return torch.stack([rows[i] for i in range(len(label))])
+
+
 FACTORED = {
+    "adamss": adamss,
     "qalora": qalora,
     "tinylora": tinylora,
     "kasa": kasa,

@@ -188,7 +188,7 @@ ROWS = (
     Row(
         "gralora",
         peft.GraloraConfig,
-        ("gpt2", "bert"),
+        ("opt", "t5"),
         (
             {"r": 4, "alpha": 5},
             {"r": 6, "gralora_k": 3, "gralora_dropout": 0.2},
@@ -203,6 +203,26 @@ ROWS = (
             {"init_lora_weights": "mica", "r": 3, "lora_alpha": 5},
             {"init_lora_weights": "mica", "r": 4, "use_rslora": True},
             {"init_lora_weights": "mica", "r": 5, "lora_dropout": 0.1},
+        ),
+    ),
+    Row(
+        "pissa",
+        peft.LoraConfig,
+        ("t5", "qwen"),
+        (
+            {"init_lora_weights": "pissa", "r": 3, "lora_alpha": 5},
+            {"init_lora_weights": "pissa", "r": 4, "use_rslora": True},
+            {"init_lora_weights": "pissa", "r": 5, "rank_pattern": {"value": 2}},
+        ),
+    ),
+    Row(
+        "olora",
+        peft.LoraConfig,
+        ("whisper", "vit"),
+        (
+            {"init_lora_weights": "olora", "r": 3, "lora_alpha": 5},
+            {"init_lora_weights": "olora", "r": 4, "use_rslora": True},
+            {"init_lora_weights": "olora", "r": 5, "rank_pattern": {"value": 2}},
         ),
     ),
     Row(
@@ -315,6 +335,36 @@ ROWS = (
             {"r": 3},
             {"r": 5, "depth": 2, "act_fn": "gelu", "scaling": 0.5},
             {"r": 4, "depth": 1, "act_fn": "tanh"},
+        ),
+    ),
+    Row(
+        "unilora",
+        peft.UniLoraConfig,
+        ("llama", "gpt2"),
+        (
+            {"theta_d_length": 13, "init_theta_d_bound": 0.4},
+            {"r": 3, "theta_d_length": 101, "proj_seed": 7, "unilora_dropout": 0.1},
+            {"r": 2, "theta_d_length": 5000, "init_weights": False},
+        ),
+    ),
+    Row(
+        "adamss",
+        peft.AdamssConfig,
+        ("llama", "bert"),
+        (
+            {"r": 7, "num_subspaces": 3},
+            {"r": 6, "num_subspaces": 2, "random_seed": 3},
+            {"r": 5, "num_subspaces": 2, "subspace_rank": 2, "init_weights": None},
+        ),
+    ),
+    Row(
+        "supertuning",
+        peft.SupertuningConfig,
+        ("qwen", "bert"),
+        (
+            {"sparsity": 0.9},
+            {"sparsity": 0.95, "r": 3, "lora_dropout": 0.1, "select_top": False},
+            {"sparsity": 0.8, "r": 2, "lora_alpha": 7.0, "save_precomputed_indices": False},
         ),
     ),
     Row(

@@ -27,6 +27,7 @@ STAGES = (
     ("site_class",),
     ("planned",),
     ("fit", "mixture"),
+    ("totals",),
     ("plan",),
     ("mapping",),
     ("coding",),
@@ -41,7 +42,7 @@ STAGES = (
     ("state",),
     ("inverse",),
     ("digests", "store"),
-    ("manifest",),
+    ("manifest", "remade"),
     ("artifact",),
     ("low_rank",),
     ("twin", "tensors", "switching", "conversion"),
@@ -57,10 +58,16 @@ STAGES = (
 )
 """The stages in the order in which a spec flows; what stands together is independent."""
 
-BY_NAME = {"__init__.py", "model/hooked.py", "artifact.py", "integrations/transformers.py"}
+BY_NAME = {
+    "__init__.py",
+    "artifact.py",
+    "model/hooked.py",
+    "integrations/factories.py",
+    "integrations/transformers.py",
+}
 """The modules that import another by its name: what is public and not needed at first; an
-integration, when a model or a folder asks for it; and the library or the trusted factory that a
-caller names as a model."""
+integration, when a model or a folder asks for it; a library; and the trusted function that a
+caller names for a model or for data."""
 
 LATE = ("safetensors", "transformers", "accelerate", "typer", "rich", "einops")
 """What `import surgery` must not import: each costs more than the package itself."""

@@ -101,7 +101,7 @@ BOTH_WAYS = (
     "dora(r=2)",
     "loha(r=2)",
     "vera(r=3)",
-    'lora(r=2, init_weights="pissa")',
+    "pissa(r=2)",
     "ia3()",
 )
 
@@ -158,7 +158,7 @@ def test_a_folder_that_has_something_is_not_written_to(tmp_path: Path) -> None:
 EXACT = {
     "lora(r=3)": 3,
     "lora(r=3, alpha=5, rslora=true)": 3,
-    'lora(r=2, init_weights="pissa")': 4,  # beside the true base: what is there, less what was
+    "pissa(r=2)": 4,  # beside the true base: what is there, less what was
     "mica(r=2)": 2,
     "miss(r=4)": 4,
     "bone(r=4)": 4,
@@ -168,6 +168,7 @@ EXACT = {
     "loha(r=2)": 4,  # element by element, ranks are multiplied
     "hra(r=4)": 4,  # reflections, which are made of W
     "vblora(vector_length=12)": 4,
+    "unilora(theta_d_length=11)": 4,
     "lora(r=2) then bone(r=3)": 5,
     "hra(r=2) then lora(r=3)": 5,
 }
@@ -192,7 +193,7 @@ def test_what_does_not_read_the_base_needs_none(call: str, tmp_path: Path) -> No
     assert close(attached(tmp_path / "b"), before)
 
 
-@pytest.mark.parametrize("call", ["hra(r=2)", 'lora(r=2, init_weights="pissa")', "dora(r=2)"])
+@pytest.mark.parametrize("call", ["hra(r=2)", "pissa(r=2)", "dora(r=2)"])
 def test_what_reads_the_base_is_refused_without_it(call: str, tmp_path: Path) -> None:
     saved(f"match first apply {call}", tmp_path / "a")
     empty = net().to("meta")

@@ -66,6 +66,29 @@ def test_the_nearest_arguments_that_fit_are_offered() -> None:
         )
 
 
+HALF = "W' = W let half = r / 2 if half > 4"
+
+
+@pytest.mark.parametrize(
+    ("signature", "body", "offered"),
+    [
+        ("r: int = 20, s: int = 3", "W' = W + concat(W[:r], W[r:])", "fit: r=13 or 14"),
+        ("r: int = 999999", "W' = W + concat(W[:r], W[r:])", "fit: r=13 or 14"),
+        # What an argument decides has other equations for each of its values.
+        ("r: int = 20", "if r > 9 { train A[out - r] = 0 } W' = W", "fit: r=13 or 14"),
+        (
+            "r: int = 30",
+            f"{HALF} {{ train A[out - r - r] = 0 }} else {{ train A[in / r] = 0 }}",
+            "fit: r=3 or 6",
+        ),
+        ("r: int = 4", "train A[out / 7, in / r] = 0 W' = W", "make out/7 whole"),
+    ],
+)
+def test_what_is_offered_is_the_nearest_and_fits(signature: str, body: str, offered: str) -> None:
+    with pytest.raises(PlanError, match=offered):
+        adapted(signature, body)
+
+
 def test_an_absent_bias_begins_as_zero() -> None:
     compiled = adapted("", "train s[out] = b W' = W b' = b + s")
     (parameter,) = [p for n, p in compiled.model.named_parameters() if n.endswith(".s")]

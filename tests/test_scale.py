@@ -49,7 +49,7 @@ def models() -> tuple[Mixture, Mixture]:
     return Mixture(15, 64), Mixture(60, 64)
 
 
-def best(run: Callable[[], object], times: int = 5) -> float:
+def best(run: Callable[[], object], times: int = 3) -> float:
     """Processor seconds; when garbage is collected is chance, and takes as long as the rest."""
     found: list[float] = []
     gc.disable()

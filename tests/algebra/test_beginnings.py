@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import numpy
 import pytest
 import torch
 from hypothesis import given
@@ -18,7 +19,7 @@ NAMES = [
     ("code", "layers.0.q", "A"),
 ]
 
-CONTINUOUS = [name for name, row in DISTRIBUTIONS.items() if not row.whole]
+CONTINUOUS = [name for name, row in DISTRIBUTIONS.items() if not row.told]
 
 
 @given(st.permutations(range(len(NAMES))), st.integers(0, 2**64))
@@ -97,6 +98,8 @@ def test_the_spread_is_the_one_it_is_known_for(
         ("normal", {"std": -1.0}, "std = -1 is below 0"),
         ("xavier_normal", {"gain": -0.5}, "gain = -0.5 is below 0"),
         ("kaiming_uniform", {"a": 1e31}, "a = 1e+31 is too large"),
+        ("dealt", {"numbers": 0.0}, "numbers = 0 is below 1"),
+        ("tally", {"cards": 0.0}, "cards = 0 is below 1"),
         ("uniform", {}, ""),
     ],
 )
@@ -128,3 +131,30 @@ def test_places_of_a_seed_are_those_of_torch() -> None:
     wanted = torch.stack([chosen // 7, chosen % 7])
     for name in ("P", "Q"):
         assert torch.equal(drawn_again("places", sizes, (2, 11), 3, name), wanted.int())
+
+
+@given(st.integers(1, 11), st.integers(1, 60), st.integers(0, 99))
+def test_all_hands_are_one_deck_in_which_each_number_is_as_often_as_another(
+    count: int, cards: int, seed: int
+) -> None:
+    deck = {"numbers": count, "cards": cards}
+    cut = cards // 3
+    first = drawn_again("dealt", {**deck, "first": 0}, (cut,), seed, "A")
+    rest = drawn_again("dealt", {**deck, "first": cut}, (1, cards - cut), seed, "B")
+    whole = torch.cat([first, rest[0]])
+    assert whole.dtype == torch.int32
+    tally = torch.bincount(whole, minlength=count)
+    assert int(tally.max() - tally.min()) <= 1
+    counted = drawn_again("tally", {"cards": cards}, (count,), seed, "C")
+    assert torch.equal(counted, tally.float())
+    again = drawn_again("dealt", {**deck, "first": cards}, (cut,), seed, "A")
+    assert torch.equal(again, first)  # behind the last card comes the first
+
+
+def test_a_deck_is_shuffled_as_numpy_does() -> None:
+    generator = numpy.random.default_rng(5)
+    more = generator.choice(7, size=3, replace=False)
+    deck = numpy.concatenate([numpy.repeat(numpy.arange(7), 2), more])
+    generator.shuffle(deck)
+    found = drawn_again("dealt", {"numbers": 7, "cards": 17, "first": 0}, (17,), 5, "A")
+    assert torch.equal(found, torch.tensor(deck, dtype=torch.int32))

@@ -29,15 +29,13 @@ LIBRARY = Library.standard()
 CASES = (
     ("lora(r=5, alpha=3)", "algebraic"),
     ('lora(r=5, alpha=3, init_weights="gaussian")', "algebraic"),
-    ('lora(r=5, alpha=3, init_weights="pissa")', "algebraic"),
-    ('lora(r=5, alpha=3, init_weights="olora")', "algebraic"),
+    ("pissa(r=5, alpha=3, dropout=0.1)", "algebraic"),
+    ("olora(r=5, alpha=3, rslora=true)", "algebraic"),
     ("lora(r=5, alpha=3, dropout=0.1, rslora=true, bias=true)", "algebraic"),
     (
         'lora(r=5, alpha=3, dropout=0.1, init_weights="gaussian", bias=true)',
         "algebraic",
     ),
-    ('lora(r=5, alpha=3, dropout=0.1, init_weights="pissa", bias=true)', "algebraic"),
-    ('lora(r=5, alpha=3, dropout=0.1, init_weights="olora", bias=true)', "algebraic"),
     ("pvera(r=5, dropout=0.1)", "algebraic"),
     ('glora(r=3, config_C="vector", config_D_E="vector")', "algebraic"),
     ('glora(r=3, config_A_B="vector", config_C="vector", config_D_E="vector")', "algebraic"),
@@ -93,6 +91,9 @@ CASES = (
     ("shira(r=2, random_seed=3)", "algebraic"),
     ("vblora(r=2, num_vectors=6, vector_length=4, dropout=0.1)", "algebraic"),
     ("waveft(n_frequency=9, scaling=2, random_loc_seed=3)", "algebraic"),
+    ("unilora(theta_d_length=7, dropout=0.1)", "algebraic"),
+    ("supertuning(sparsity=0.9)", "algebraic"),
+    ("supertuning(sparsity=0.9, r=4, dropout=0.1)", "algebraic"),
     ("waveft(n_frequency=9, scaling=2, random_loc_seed=3, use_idwt=false)", "algebraic"),
     ("bat(r=4)", "algebraic"),
     ("miss(r=4)", "algebraic"),
@@ -121,6 +122,7 @@ CASES = (
     ("osf()", "algebraic"),
     ('peanut(r=3, depth=2, act_fn="gelu")', "snapshot"),
     ("peanut(r=3)", "snapshot"),
+    ("adamss(r=5, num_subspaces=3, subspace_rank=2)", "algebraic"),
 )
 every_case = pytest.mark.parametrize(("call", "merge_class"), CASES)
 
@@ -143,6 +145,11 @@ def leaf(expr: Expr) -> Tensor:
     if name == "entries":  # places in the matrix, each once
         sizes = {"rows": SITE["out"], "columns": SITE["in"]}
         return draw("places", sizes, numbers(expr, SITE), generator)
+    if name == "places":  # row by row
+        return torch.arange(numbers(expr, SITE)[0])
+    if name.startswith("dealt"):  # places in a vector of 7
+        deck = {"numbers": 7, "cards": 91, "first": 0}
+        return draw("dealt", deck, numbers(expr, SITE), generator)
     return torch.randn(numbers(expr, SITE), generator=generator, dtype=torch.float64)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from einops import rearrange, repeat
@@ -125,6 +126,40 @@ def flown(blocks: Tensor) -> Tensor:
     return product
 
 
+def projected(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Two singular vectors of each side, as torch finds them after a seed of 3."""
+    with untyped.random.fork_rng(devices=[]):
+        untyped.manual_seed(3)
+        u, _, v = untyped.svd_lowrank(a.float(), q=2, niter=2)
+    return u.double(), v.T.double()
+
+
+def in_clusters(a: Tensor) -> Tensor:
+    """Which of 3 clusters each of 15 rows is in, after ten steps from rows that NumPy draws."""
+    parts = np.full(15, 1 / 15)
+    centers = a[np.random.RandomState(5).choice(15, 3, replace=False, p=parts)]
+    nearest = list[int]()
+    for _ in range(10):
+        nearest = [int((row - centers).square().sum(1).argmin()) for row in a]
+        members = [[a[i] for i in range(15) if nearest[i] == k] for k in range(3)]
+        centers = torch.stack([torch.stack(rows).mean(0) for rows in members])
+    return torch.eye(3, dtype=a.dtype)[nearest]
+
+
+def directions_of(a: Tensor, members: Tensor) -> Tensor:
+    """The first two of each cluster's own."""
+    return torch.cat([signed(torch.diag(column) @ a)[2][:2] for column in members.T])
+
+
+def ungrouped(a: Tensor, members: Tensor) -> Tensor:
+    """One row after the other, in the order of the clusters."""
+    label = list(map(int, members.argmax(1)))
+    found = torch.zeros_like(a)
+    for row, place in enumerate(sorted(range(len(a)), key=lambda i: (label[i], i))):
+        found[place] = a[row]
+    return found
+
+
 def nearest_codes(a: Tensor) -> Tensor:
     """Each of 64 elements in turn as the nearest code, by trying all of them."""
     flat, made = a.flatten(), list[Tensor]()
@@ -232,6 +267,15 @@ CASES: dict[str, Case] = {
     "right_singular": one(make("right_singular", SKEW, rank=size(2)), lambda a: signed(a)[2][:2]),
     "qr_q": one(make("qr_q", SKEW, rank=size(2)), lambda a: positive(a)[0][:, :2]),
     "qr_r": one(make("qr_r", SKEW, rank=size(2)), lambda a: positive(a)[1][:2]),
+    "lowrank_left": one(
+        make("lowrank_left", SKEW, rank=size(2), seed=size(3)), lambda a: projected(a)[0]
+    ),
+    "lowrank_right": one(
+        make("lowrank_right", SKEW, rank=size(2), seed=size(3)), lambda a: projected(a)[1]
+    ),
+    "clusters": one(make("clusters", A, k=size(3), steps=size(10), seed=size(5)), in_clusters),
+    "principal": two(make("principal", A, p("m", OUT, 2), rank=size(2)), directions_of),
+    "ungrouped": two(make("ungrouped", A, p("m", OUT, 4)), ungrouped),
     "nf4": one(make("nf4", p("N", 7, 11)), nearest_codes),
     "int8": one(make("int8", p("N", 7, 11)), whole_parts),
     "trace": one(make("trace", SQUARE), lambda a: a[0, 0] + a[1, 1] + a[2, 2]),
@@ -277,6 +321,11 @@ CASES: dict[str, Case] = {
             (e[0].long(), e[1].long()), c, accumulate=True
         ),
     ),
+    "largest": one(
+        make("largest", A, count=size(4)),
+        lambda a: a.flatten().argsort(descending=True)[:4].double(),
+    ),
+    "gather": two(make("gather", p("v", 5), p("i", 2, 3)), lambda v, i: v[i.long() % 5]),
     "circulant": one(
         make("circulant", BLOCKS_OF_FOUR),
         lambda k: torch.cat([torch.cat([rolled(b) for b in row], 1) for row in k]),
@@ -335,6 +384,7 @@ def test_a_number_is_taken_where_a_tensor_without_axes_is(name: str) -> None:
         ("transpose", (V,), {}, "at least 2 axes"),
         ("inverse", (A,), {}, "not square"),
         ("cayley", (A,), {}, "not square"),
+        ("ungrouped", (A, SQUARE), {}, "clusters of 3 rows for the out rows of [out, 3]"),
         ("scale_rows", (ROW, A), {}, "3 factors for the out rows"),
         ("scale_cols", (V, A), {}, "out factors for the 3 columns"),
         ("channelwise", (V,), {}, "needs [channels]"),
@@ -342,6 +392,8 @@ def test_a_number_is_taken_where_a_tensor_without_axes_is(name: str) -> None:
         ("blockdiag", (A,), {}, "needs 3 axes"),
         ("kron", (A, V), {}, "needs 2 axes"),
         ("scatter", (ROW, SQUARE), {"rows": OUT, "columns": IN}, "have places [2, 3], not [3, 3]"),
+        ("gather", (A, V), {}, "needs 1 axes"),
+        ("largest", (V,), {"count": size(2)}, "needs 2 axes"),
         ("circulant", (A,), {}, "needs 3 axes"),
         ("ifft2", (ROW,), {}, "needs 2 axes"),
         ("topk", (number(1),), {"k": size(1)}, "at least 1 axes"),

@@ -255,6 +255,46 @@ def test_code_runs_only_where_it_is_trusted(
     assert "no such disk" in found["message"]
 
 
+def test_data_is_what_trusted_code_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    file = tmp_path / "own_batches_module.py"
+    file.write_text(
+        "import torch\n"
+        "def make():\n"
+        "    model = torch.nn.Sequential(torch.nn.Linear(5, 7))\n"
+        "    model.dummy_inputs = {'input': torch.ones(2, 5)}\n"
+        "    return model\n"
+        "def batches():\n"
+        "    return [torch.eye(5) + n for n in range(3)]\n"
+        "def none():\n"
+        "    return 3\n"
+    )
+    spec, model = "match 0 apply eva(r=2)", "python:own_batches_module:make"
+    named = (f"{file}:batches", "python:own_batches_module:batches")
+    for data, out in zip(named, ("one", "other"), strict=True):
+        fine("compile", spec, model, "--data", data, "--trust", "-o", tmp_path / out)
+    files = [tmp_path / out / "adapter_model.safetensors" for out in ("one", "other")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    given = ("--data", named[0], "--trust", "--json")
+    assert json.loads(fine("verify", spec, model, *given).stdout)["passed"]
+    for data, code in (
+        (f"{file}:none", "E503"),
+        (f"{file}:nothing", "E503"),
+        ("nowhere.py:batches", "E501"),
+        ("batches", "E501"),
+    ):
+        found = refused("verify", spec, model, "--trust", "--data", data)
+        assert [d["code"] for d in found] == [code]
+    assert [d["code"] for d in refused("verify", spec, model, "--trust")] == ["E421"]
+
+
+def test_data_runs_only_where_it_is_trusted(bert: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("raise OSError")
+    found = refused("verify", SPEC, bert, "--data", f"{tmp_path / 'own.py'}:batches")
+    assert [d["code"] for d in found] == ["E505"]
+
+
 # -------------------------------------------------------------------------------------- edges
 
 

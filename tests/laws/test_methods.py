@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from factored import FACTORED
+from factored import FACTORED, adamss_bias
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from structured import STRUCTURED
@@ -279,6 +279,7 @@ BIASES: Mapping[str, Reference] = {
     "beft": lambda b, p, a: b + p["v"],
     "lora": lambda b, p, a: b + scaling(a) * p["c"] if a["bias"] else b,
     "glora": glora_bias,
+    "adamss": adamss_bias,
 }
 """What becomes of the bias, where it does not stay."""
 
@@ -356,7 +357,22 @@ def vblora(w: Tensor, p: Parameters, a: Arguments) -> Tensor:
     return w + torch.cat(columns) @ torch.stack(rows)
 
 
+def supertuning(w: Tensor, p: Parameters, a: Arguments) -> Tensor:
+    new = w.clone()
+    for place, value in zip(p["places"].long(), p["v"], strict=True):
+        new[place // w.shape[1], place % w.shape[1]] += value
+    return new + a["alpha"] / a["r"] * p["B"] @ p["A"] if a["r"] else new
+
+
+def unilora(w: Tensor, p: Parameters, a: Arguments) -> Tensor:
+    v = p["theta"] / p["uses"].clamp(min=1).sqrt()
+    assert a["cards"] == a["r"] * sum(w.shape)  # of the one site that there is
+    return w + v[p["dealt_B"].long()] @ v[p["dealt_A"].long()]
+
+
 REFERENCES: Mapping[str, Reference] = {
+    "unilora": unilora,
+    "supertuning": supertuning,
     "fourierft": fourierft,
     "waveft": waveft,
     "c3a": c3a,
@@ -398,6 +414,10 @@ CASES: Mapping[str, Needs] = {
     "vblora(num_vectors=3, vector_length=3, topk=3, dropout=0.3, init_vector_bank_bound=0)": Needs(
         3, 3
     ),
+    "unilora(r=2, theta_d_length=7, dropout=0.3, init_theta_d_bound=0)": Needs(),
+    "adamss(r=7, num_subspaces=3, subspace_rank=2)": Needs(),
+    "supertuning(sparsity=0.5)": Needs(),
+    "supertuning(sparsity=0.7, select_top=false, r=2, dropout=0.3)": Needs(2, 2),
     "kasa(r=2, alpha=7, dropout=0.3)": Needs(2, 2),
     "qalora(r=3, alpha=7, group_size=2, dropout=0.3)": Needs(2),
     "tinylora(r=3, u=5, dropout=0.3)": Needs(),
@@ -588,6 +608,7 @@ def by_hand(compiled: surgery.Compiled, base: Model) -> ByHand:
 every_case = pytest.mark.parametrize("call", CASES)
 every_kind = pytest.mark.parametrize("kind", KINDS)
 EXACT_AT_START = (
+    "adamss",
     "bdlora",
     "qalora",
     "tinylora",
@@ -614,6 +635,8 @@ EXACT_AT_START = (
     "shira",
     "randlora",
     "vblora",
+    "unilora",
+    "supertuning",
 )
 """Methods whose change is exactly zero at first; the others compute the same in another order."""
 

@@ -24,7 +24,7 @@ accelerate = pytest.importorskip("accelerate")
 
 METHODS = (
     "lora(r=5, alpha=7)",
-    'lora(r=5, init_weights="olora")',
+    "olora(r=5)",
     "dora(r=5)",
     "bone(r=3)",
     "bat(r=3)",

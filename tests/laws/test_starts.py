@@ -56,8 +56,8 @@ method made(r: int = 2) on matrix {
 """
 DEFINED = {"principal": PRINCIPAL, "twice": TWICE, "made": MADE}
 CALLS = (
-    'lora(r=3, alpha=5, init_weights="pissa")',
-    'lora(r=2, alpha=3, dropout=0.2, init_weights="olora")',
+    "pissa(r=3, alpha=5)",
+    "olora(r=2, alpha=3, dropout=0.2)",
     "principal()",
     "twice()",
     "made()",
@@ -235,12 +235,12 @@ def test_a_batch_of_matrices_begins_matrix_by_matrix() -> None:
 
     model = Owner()
     y, weights = model(X), model.mixer.detach().clone()
-    compiled = surgery.compile('match mixer apply lora(r=2, alpha=3, init_weights="pissa")', model)
+    compiled = surgery.compile("match mixer apply pissa(r=2, alpha=3)", model)
     assert close(model(X), y)
     alone = nn.ModuleDict({"site": nn.Linear(IN, OUT, bias=False)}).double()
     with torch.no_grad():
         cast(Tensor, alone["site"].weight).copy_(weights[1])
-    single = surgery.compile(spec('lora(r=2, alpha=3, init_weights="pissa")'), alone).parameters()
+    single = surgery.compile(spec("pissa(r=2, alpha=3)"), alone).parameters()
     whole = {n.rpartition(".")[2]: t for n, t in compiled.parameters().items()}
     for name, value in single.items():
         assert torch.equal(whole[name.rpartition(".")[2]][1], value)
@@ -281,14 +281,22 @@ def test_what_w_cannot_begin_as_is_refused(line: str) -> None:
 
 
 def test_a_beginning_that_is_not_known_is_refused() -> None:
-    (found,) = surgery.check('match site apply lora(init_weights="pisa")')
+    (found,) = surgery.check('match site apply lora(init_weights="gausian")')
     assert found.code == "E111"
-    assert "default, gaussian, olora, pissa" in found.hint
+    assert found.hint == "there are: default, gaussian"
+
+
+@pytest.mark.parametrize("text", ["pissa", "eva", "lora_ga", "orthogonal"])
+def test_a_beginning_that_is_a_method_of_its_own_is_named_so(text: str) -> None:
+    (found,) = surgery.check(f'match site apply lora(init_weights="{text}")')
+    assert found.code == "E111"
+    name = "ortholora" if text == "orthogonal" else text  # which formats alone call it
+    assert found.hint.startswith(f'"{text}" is a method of its own: apply {name}(…); there are: ')
 
 
 def test_more_directions_than_there_are_is_refused_with_the_ranks_that_fit() -> None:
     with pytest.raises(SurgeryError) as caught:
-        surgery.plan('match site apply lora(r=8, init_weights="pissa")', net())
+        surgery.plan("match site apply pissa(r=8)", net())
     (found,) = caught.value.diagnostics
     assert found.code == "E301"
     assert "r=6 or 7" in found.hint

@@ -269,6 +269,47 @@ def test_what_peft_cannot_load_again_is_not_written_for_it(call: str, tmp_path: 
     assert torch.equal(output(again.model, "linear"), output(compiled.model, "linear"))
 
 
+BEGUN: Mapping[str, str] = {
+    "corda": "corda(r=3, alpha=5)",
+    "lora_ga": "lora_ga(r=2, alpha=5, rslora=true)",
+    "pissa": "pissa(r=3, alpha=5)",
+    "olora": "olora(r=3, rslora=true)",
+}
+
+
+@every_model
+@pytest.mark.parametrize("call", BEGUN.values(), ids=BEGUN)
+def test_as_a_product_beside_the_true_base_peft_loads_it(
+    call: str, name: str, tmp_path: Path
+) -> None:
+    make, _, batch = MODELS[name]
+    compiled = surgery.compile(spec(name, call), make(), data=[batch], loss=loss)
+    perturbed(compiled.model)
+    expected = output(compiled.model, name)
+    compiled.save(tmp_path / "own")
+    made = surgery.convert(tmp_path / "own", tmp_path / "plain", make(), to="lora")
+    assert made.exact
+    assert made.saved.peft == ""
+    ranks = {site.path: site.form.shapes["A"][0] for site in compiled.plan.sites}
+    assert {site.path: site.rank for site in made.sites} == {p: 2 * r for p, r in ranks.items()}
+    loaded = hf.PeftModel.from_pretrained(make(), str(tmp_path / "plain")).eval()
+    torch.testing.assert_close(output(loaded, name), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_what_rounding_took_from_every_element_is_no_product_of_few_columns(
+    tmp_path: Path,
+) -> None:
+    compiled = surgery.compile(spec("linear", "loftq(r=2)"), linear())
+    perturbed(compiled.model)
+    compiled.save(tmp_path / "own")
+    with pytest.raises(surgery.SurgeryError, match="adds no product of few columns"):
+        surgery.convert(tmp_path / "own", tmp_path / "plain", linear(), to="lora")
+    surgery.convert(tmp_path / "own", tmp_path / "whole", linear(), to="lora", rank=11)
+    loaded = hf.PeftModel.from_pretrained(linear(), str(tmp_path / "whole")).eval()
+    expected = output(compiled.model, "linear")
+    torch.testing.assert_close(output(loaded, "linear"), expected, atol=1e-5, rtol=1e-4)
+
+
 # ------------------------------------------------------------------------------------ the schedule
 
 SCHEDULE: dict[str, Any] = {

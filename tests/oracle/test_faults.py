@@ -350,9 +350,7 @@ def test_a_beginning_by_qr_is_one_on_transposed_matrices_too() -> None:
     )
     with pytest.raises(RuntimeError, match=r"size of tensor|shape"):
         it.output(hf.get_peft_model(fresh("gpt2"), config).eval())
-    ours = surgery.compile(
-        f'match {it.value} apply lora(r=3, alpha=5, init_weights="olora")', fresh("gpt2")
-    )
+    ours = surgery.compile(f"match {it.value} apply olora(r=3, alpha=5)", fresh("gpt2"))
     close(it.output(ours.model), it.output(fresh("gpt2")))
     moved(ours)
     live = it.output(ours.model)
@@ -382,8 +380,8 @@ def test_a_beginning_that_is_not_the_base_is_one_model(what: str, tmp_path: Path
     expected, base = seen(theirs), seen(dense())
     assert (expected - base).abs().max() > 1e-5
     theirs.save_pretrained(str(tmp_path))
-    if "apply_GS" not in call:  # of two equal columns the second is what rounding leaves
-        whole(surgery.attach(tmp_path, dense()), dense(), expected)
+    # Of two equal columns peft takes what rounding leaves of the second for a direction.
+    whole(surgery.attach(tmp_path, dense()), dense(), None if "apply_GS" in call else expected)
     ours = surgery.compile(f"match * apply {call}", dense())
     assert (seen(ours.model) - base).abs().max() > 1e-5
     whole(ours, dense())

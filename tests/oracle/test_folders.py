@@ -13,7 +13,9 @@ from typing import Any, cast
 import peft
 import pytest
 import torch
+from peft.tuners.lora.config import KasaConfig
 from small_models import TOKENS, bert, gpt2, llama
+from support import moved
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -32,6 +34,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
     pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning"),  # tied ones
     pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers:UserWarning"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
@@ -327,6 +330,56 @@ def test_attentions_are_adapted_whole_and_as_peft_means_them(tmp_path: Path) -> 
         assert bool(compiled.save(tmp_path).peft) is bool(reason)
 
 
+def test_an_attention_is_imported_as_it_attaches(tmp_path: Path) -> None:
+    config = hf.LoraConfig(target_modules=["0", "blocks.1"], r=3, lora_alpha=5, bias="lora_only")
+    saved_by_peft(attending, config, tmp_path)
+    made = surgery.plan(surgery.import_config(tmp_path, attending()), attending())
+    there = surgery.attach(tmp_path, attending()).plan
+    assert {s.path: s.form.links for s in made.sites} == {s.path: s.form.links for s in there.sites}
+    assert {"blocks.1.in_proj_weight", "blocks.1.out_proj"} <= {s.path for s in made.sites}
+
+
+def test_what_is_refused_is_told_by_the_method_that_knows_the_most(tmp_path: Path) -> None:
+    saved_by_peft(causal, lora(target_modules=["q_proj"], kasa_config=KasaConfig())(), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps({**said, "init_lora_weights": "pissa"}))
+    for reading in (
+        lambda: surgery.attach(tmp_path, causal()),
+        lambda: surgery.import_config(path),
+    ):
+        with pytest.raises(surgery.SurgeryError) as caught:
+            reading()
+        assert "`init_lora_weights`" in str(caught.value)
+        assert "`kasa_config`" not in str(caught.value)
+    path.write_text(json.dumps({**said, "peft_type": "LNTUNING"}))
+    for reading in (
+        lambda: surgery.attach(tmp_path, causal()),
+        lambda: surgery.import_config(path),
+    ):
+        with pytest.raises(
+            surgery.SurgeryError, match=r"did you mean LN_TUNING\? .*TRAINABLE_TOKENS"
+        ):
+            reading()
+
+
+def test_rows_that_peft_has_no_place_for_stay_in_this_form(tmp_path: Path) -> None:
+    for make, spec, reason in (
+        (headed, "train head.weight[2]", "it passes over the bias"),
+        (causal, "train embed_tokens[1] train embed_tokens[3]", "one tensor of rows a table"),
+        (causal, "train embed_tokens[1] train lm_head[3]", "the same rows of every table"),
+        (tied, "train embed_tokens[1] untie", "as the model's config does"),
+        (causal, "train embed_tokens[1] match q_proj apply ia3()", "no rows of tables beside ia3"),
+        (causal, "train embed_tokens[1] match q_proj apply lora(r=2)", ""),
+    ):
+        compiled = surgery.compile(spec, make())
+        moved(compiled)
+        report = compiled.save(tmp_path / "out")
+        assert reason in report.peft
+        assert bool(reason) is bool(report.peft)
+        same(output(surgery.attach(tmp_path / "out", make()).model), output(compiled.model))
+
+
 class Headed(nn.Module):
     """A table and a head that has a bias."""
 
@@ -348,27 +401,27 @@ def tied() -> nn.Module:
     return causal(tied=True)
 
 
-TOKEN_CASES: tuple[tuple[str, Callable[[], nn.Module], Callable[[], Any], int, str], ...] = (
-    ("alone", llama, lambda: hf.TrainableTokensConfig(token_indices=[7, 2, 11]), 1, ""),
-    ("tied", tied, lambda: hf.TrainableTokensConfig(token_indices=[7, 2, 11]), 1, "share"),
+TOKEN_CASES: tuple[tuple[str, Callable[[], nn.Module], Callable[[], Any], int], ...] = (
+    ("alone", llama, lambda: hf.TrainableTokensConfig(token_indices=[7, 2, 11]), 1),
+    ("tied", tied, lambda: hf.TrainableTokensConfig(token_indices=[7, 2, 11]), 1),
     (
         "beside",
         causal,
         lora(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [3, 4]}),
-        *(3, ""),
+        3,
     ),
     (
         "beside, tied",
         tied,
         lora(target_modules=["q_proj"], trainable_token_indices=[3, 4]),
-        *(3, "share"),
+        3,
     ),
 )
 
 
 @pytest.mark.parametrize("case", TOKEN_CASES, ids=lambda case: case[0])
-def test_rows_of_a_table_are_read_as_a_copy_of_it(case: Any, tmp_path: Path) -> None:
-    _, make, config, sites, reason = case
+def test_rows_of_a_table_go_both_ways(case: Any, tmp_path: Path) -> None:
+    _, make, config, sites = case
     theirs = saved_by_peft(make, config(), tmp_path / "theirs")
     model = make()
     before = output(model)
@@ -378,10 +431,11 @@ def test_rows_of_a_table_are_read_as_a_copy_of_it(case: Any, tmp_path: Path) -> 
     same(output(ours.model), wanted)
     assert (wanted - before).abs().max() > 1e-3
     report = ours.save(tmp_path / "ours")
-    assert (reason in report.peft) if reason else report.peft == ""
+    assert report.peft == ""
+    files = [read_tensors(tmp_path / d / "adapter_model.safetensors") for d in ("theirs", "ours")]
+    assert {*files[0]} >= {*files[1]}
     same(output(surgery.attach(tmp_path / "ours", make()).model), wanted)
-    if not reason:
-        same(output(hf.PeftModel.from_pretrained(make(), tmp_path / "ours").eval()), wanted)
+    same(output(hf.PeftModel.from_pretrained(make(), tmp_path / "ours").eval()), wanted)
     ours.inverse.merge()
     same(output(ours.model), wanted)
     ours.inverse.unload()

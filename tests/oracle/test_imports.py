@@ -259,6 +259,54 @@ def test_parameters_are_named_as_they_are(tmp_path: Path) -> None:
     }
 
 
+ROWS: tuple[tuple[Any, bool, dict[str, tuple[list[int], str | None]]], ...] = (
+    (
+        lambda: hf.TrainableTokensConfig(token_indices=[7, 2, 11]),
+        True,
+        {"model.embed_tokens": ([7, 2, 11], "share")},
+    ),
+    (
+        lambda: low_rank(target_modules=["q_proj"], trainable_token_indices=[3, 4]),
+        False,
+        {"model.embed_tokens": ([3, 4], None)},
+    ),
+    (
+        lambda: low_rank(
+            target_modules=["q_proj"],
+            trainable_token_indices={"embed_tokens": [3, 4], "lm_head": [1]},
+        ),
+        False,
+        {"model.embed_tokens": ([3, 4], None), "lm_head": ([1], None)},
+    ),
+)
+
+
+@pytest.mark.parametrize(("make", "tied", "wanted"), ROWS)
+def test_rows_of_tables_are_trained(make: Any, tied: bool, wanted: Any, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    small = cast(Any, LlamaConfig)(
+        vocab_size=13, hidden_size=12, intermediate_size=20, num_hidden_layers=1,
+        num_attention_heads=2, tie_word_embeddings=tied,
+    )  # fmt: skip
+    model = LlamaForCausalLM(small).eval()
+    plan = surgery.plan(imported(make(), tmp_path, model), model)
+    rows = [s for s in plan.sites if s.site.at.tensor]
+    assert {s.site.owner: ([*s.site.at.picked], s.site.tie) for s in rows} == wanted
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [([1, 1], "E515"), ([10**6], "E518"), ({"nowhere": [1]}, "E516"), ("1", "E515")],
+)
+def test_rows_that_are_not_there_are_refused(rows: Any, said: str, tmp_path: Path) -> None:
+    low_rank(target_modules=["query"]).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "trainable_token_indices": rows}))
+    with pytest.raises(SurgeryError, match=said):
+        surgery.import_config(path, fresh("bert"))
+
+
 REFUSED: dict[str, tuple[dict[str, object], str]] = {
     "kind": ({"peft_type": "LOAR"}, "did you mean LORA?"),
     "unknown field": ({"layer_replication": [[0, 1]]}, "`layer_replication`"),

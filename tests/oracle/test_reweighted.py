@@ -233,6 +233,14 @@ def test_values_that_peft_took_away_are_not_there(tmp_path: Path) -> None:
     expected = seen(theirs)
     ours = surgery.attach(tmp_path / "theirs", llama())
     assert [dict(s.form.arguments)["r"] for s in ours.plan.sites] == [3] * 5
+    spec = surgery.import_config(tmp_path / "theirs", llama())
+    same = [
+        {s.path: s.form.arguments for s in p.sites}
+        for p in (surgery.plan(spec, llama()), ours.plan)
+    ]
+    assert same[0] == same[1]
+    with pytest.raises(surgery.SurgeryError, match="give the model"):
+        surgery.import_config(tmp_path / "theirs")
     torch.testing.assert_close(seen(ours.model), expected, atol=1e-5, rtol=1e-5)
     assert ours.save(tmp_path / "ours").peft == ""
     again = hf.PeftModel.from_pretrained(llama(), str(tmp_path / "ours")).eval()

@@ -337,11 +337,6 @@ REFUSED: tuple[tuple[Any, dict[str, Any], str], ...] = (
     (peft.WaveFTConfig, {"n_frequency": 5, "wavelet_family": "db2"}, '`wavelet_family` is "db2"'),
     (peft.WaveFTConfig, {"n_frequency": 5, "proportional_parameters": True}, "how many places"),
     (peft.RandLoraConfig, {"r": 3, "save_projection": False}, "`save_projection` is false"),
-    (
-        peft.VBLoRAConfig,
-        {"r": 2, "num_vectors": 5, "vector_length": 7, "save_only_topk_weights": True},
-        "no tensor of the folder is one of vblora",
-    ),
 )
 
 
@@ -426,6 +421,8 @@ class Batch(nn.Module):
         "waveft(n_frequency=7)",
         "randlora(r=5, alpha=2)",
         "vblora(num_vectors=5, vector_length=6)",
+        "unilora(theta_d_length=11, init_theta_d_bound=0.5)",
+        "supertuning(sparsity=0.9)",
     ],
 )
 def test_a_batch_of_matrices_and_rows(call: str, site: str, tmp_path: Path) -> None:

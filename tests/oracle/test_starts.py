@@ -68,7 +68,7 @@ CASES = (
         "pissa",
         ("0", "2"),
         {"r": 3, "lora_alpha": 7},
-        'lora(r=3, alpha=7, init_weights="pissa")',
+        "pissa(r=3, alpha=7)",
     ),
     Case(
         "pissa on a transformer",
@@ -82,7 +82,7 @@ CASES = (
             "lora_dropout": 0.3,
             "rank_pattern": {"layers.1.self_attn.v_proj": 2},
         },
-        'lora(r=4, alpha=6, rslora=true, dropout=0.3, init_weights="pissa")',
+        "pissa(r=4, alpha=6, rslora=true, dropout=0.3)",
     ),
     Case(
         "pissa on Conv1D",
@@ -90,7 +90,7 @@ CASES = (
         "pissa",
         ("c_attn", "c_proj"),
         {"r": 3},
-        'lora(r=3, alpha=8, init_weights="pissa")',
+        "pissa(r=3, alpha=8)",
     ),
     Case(
         "olora",
@@ -98,7 +98,7 @@ CASES = (
         "olora",
         ("0", "2"),
         {"r": 3, "lora_alpha": 7},
-        'lora(r=3, alpha=7, init_weights="olora")',
+        "olora(r=3, alpha=7)",
     ),
     Case(
         "olora on a transformer",
@@ -106,7 +106,7 @@ CASES = (
         "olora",
         ("query", "output.dense"),
         {"r": 5, "lora_alpha": 4},
-        'lora(r=5, alpha=4, init_weights="olora")',
+        "olora(r=5, alpha=4)",
     ),
     Case(
         "gaussian",
@@ -247,8 +247,8 @@ def test_beginnings_that_only_draw_are_plain(init: str | bool, tmp_path: Path) -
 
 def test_on_an_embedding_only_one_beginning_is_pefts() -> None:
     model = nn.ModuleDict({"table": nn.Embedding(7, 5)})
-    compiled = surgery.compile('match table apply lora(r=2, init_weights="pissa")', model)
+    compiled = surgery.compile("match table apply pissa(r=2)", model)
     (row, *_) = compiled.mapping.rows
     assert row.name == "A"
-    report = surgery.plan('match table apply lora(r=2, init_weights="pissa")', model)
+    report = surgery.plan("match table apply pissa(r=2)", model)
     assert report.sites[0].form.derived.merge_class == "algebraic"
