@@ -25,8 +25,6 @@ import surgery
 from surgery.language.library import Library
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
     pytest.mark.filterwarnings("ignore:save_precomputed_indices=False:UserWarning"),
     pytest.mark.filterwarnings("ignore:The symmetric initialization can NOT:UserWarning"),
     pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning"),

@@ -16,12 +16,6 @@ import surgery
 from surgery.artifact import TENSORS
 from surgery.store import read_tensors
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
-]
-
 hf: Any = peft
 
 

@@ -23,13 +23,10 @@ from torch import Tensor, nn
 import surgery
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
     pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning"),
     pytest.mark.filterwarnings("ignore:`init_lora_weights` is 'eva' but:UserWarning"),
     pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:lora with eva initialization used:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
 ]
 
 # Libraries whose types are not complete.

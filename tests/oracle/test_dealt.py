@@ -16,11 +16,6 @@ from torch import Tensor, nn
 import surgery
 from surgery.store import read_tensors, save_tensors
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
-]
-
 # Libraries whose types are not complete.
 hf: Any = peft
 untyped: Any = torch

@@ -21,8 +21,6 @@ import surgery
 from surgery.store import read_tensors
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
     pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning"),
     pytest.mark.filterwarnings("ignore:The symmetric initialization can NOT:UserWarning"),
 ]

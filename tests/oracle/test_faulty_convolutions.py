@@ -16,7 +16,6 @@ from torch import nn
 import surgery
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
     pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups:UserWarning"),
     pytest.mark.filterwarnings("ignore:The symmetric initialization can NOT:UserWarning"),
 ]

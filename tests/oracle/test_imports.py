@@ -18,8 +18,6 @@ import surgery
 from surgery.errors import ArtifactError, SurgeryError
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
 ]

@@ -17,9 +17,6 @@ from torch import Tensor, nn
 import surgery
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
     pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but:UserWarning"),
     pytest.mark.filterwarnings("ignore:Adapter 'default'. .* have invalid shape:UserWarning"),
 ]

@@ -20,12 +20,6 @@ from transformers import (
 import surgery
 from surgery.store import read_tensors
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
-]
-
 # Libraries whose types are not complete.
 hf: Any = peft
 untyped: Any = torch

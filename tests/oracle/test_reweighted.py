@@ -31,9 +31,6 @@ import surgery
 from surgery.store import read_tensors
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
     pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),
     pytest.mark.filterwarnings("ignore:Detected that the base layer has no bias term:UserWarning"),

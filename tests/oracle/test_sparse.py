@@ -18,8 +18,6 @@ import surgery
 from surgery.store import read_tensors, save_tensors
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
     pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning"),
     # peft has the shared bases at every site besides, and looks for them there.
     pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning"),

@@ -17,10 +17,7 @@ from torch import Tensor, nn
 import surgery
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Using Rank-Stabilized LoRA with rank_pattern:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
 ]
 
 # Libraries whose types are not complete.

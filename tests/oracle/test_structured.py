@@ -20,8 +20,6 @@ import surgery
 from surgery.algebra.axes import divisor
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
     pytest.mark.filterwarnings("ignore:The symmetric initialization can NOT:UserWarning"),
 ]
 

@@ -14,11 +14,6 @@ from torch import Tensor, nn
 
 import surgery
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
-]
-
 # Libraries whose types are not complete.
 hf: Any = peft
 untyped: Any = torch
