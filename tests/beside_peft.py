@@ -75,6 +75,15 @@ def saved_by_peft(
     return model.eval()
 
 
+def saved(case: Case, at: Path, far: float = 0.3) -> surgery.Compiled:
+    """The adapter of a case, moved and saved here, as peft has it too."""
+    compiled = surgery.compile(case.spec, case.model())
+    moved(compiled.model, far)
+    assert compiled.save(at).peft == ""
+    compiled.model.eval()
+    return compiled
+
+
 def attaches(case: Case, at: Path, far: float = 0.3) -> None:
     """What peft saves gives the same forward and merge here, and comes off to the bit."""
     theirs = saved_by_peft(case.model, case.config(), at, far)
@@ -93,10 +102,8 @@ def attaches(case: Case, at: Path, far: float = 0.3) -> None:
 
 def loads(case: Case, at: Path, far: float = 0.3) -> None:
     """What is saved here loads in peft with the same forward, under the keys that peft has."""
-    compiled = surgery.compile(case.spec, case.model())
-    moved(compiled.model, far)
-    assert compiled.save(at).peft == ""
-    expected = output(compiled.model.eval())
+    compiled = saved(case, at, far)
+    expected = output(compiled.model)
     assert (expected - output(case.model())).abs().max() > 1e-3
     theirs = hf.PeftModel.from_pretrained(case.model(), str(at)).eval()
     close(output(theirs), expected)
@@ -114,3 +121,15 @@ def begins(case: Case) -> tuple[bool, bool]:
     ours = output(surgery.compile(case.spec, case.model()).model.eval())
     theirs = output(cast(nn.Module, hf.get_peft_model(case.model(), case.config()).eval()))
     return torch.allclose(ours, base, atol=1e-5), torch.allclose(theirs, base, atol=1e-5)
+
+
+def drops(case: Case, at: Path) -> None:
+    """In training the same is dropped as in peft, of the same seed."""
+    theirs = saved_by_peft(case.model, case.config(), at).train()
+    untyped.manual_seed(6)
+    expected = output(theirs)
+    ours = surgery.attach(at, case.model()).model.train()
+    untyped.manual_seed(6)
+    found = output(ours)
+    assert (output(ours.eval()) - found).abs().max() > 1e-3
+    close(found, expected)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import peft
 import pytest
 import torch
-from small_models import TOKENS, bert, gpt2, llama
+from beside_peft import Case, attaches, drops, every, fed, loads, output, saved_by_peft
+from small_models import bert, gpt2, llama
 from torch import Tensor, nn
 from transformers import (
     LlamaForCausalLM,
@@ -40,7 +40,7 @@ class ConvNet(nn.Module):
 
 def convnet() -> nn.Module:
     untyped.manual_seed(3)
-    return ConvNet().eval()
+    return fed(ConvNet(), 2, 3, 11, 7)
 
 
 class WaveNet(nn.Module):
@@ -64,35 +64,7 @@ class WaveNet(nn.Module):
 
 def wavenet() -> nn.Module:
     untyped.manual_seed(3)
-    return WaveNet().eval()
-
-
-def output(model: nn.Module) -> Tensor:
-    inner = model.get_base_model() if isinstance(model, peft.PeftModel) else model
-    if isinstance(inner, ConvNet):
-        generator = torch.Generator().manual_seed(4)
-        return cast(Tensor, model(torch.randn(2, 3, 11, 7, generator=generator)))
-    if isinstance(inner, WaveNet):
-        generator = torch.Generator().manual_seed(4)
-        return cast(Tensor, model(torch.randn(2, 3, 2, 7, 5, generator=generator)))
-    return cast(Tensor, model(TOKENS).last_hidden_state)
-
-
-def moved(tensors: dict[str, Tensor]) -> None:
-    """Parameters away from where they begin, so that the adapter does something."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name in sorted(tensors):
-            tensor = tensors[name]
-            tensor.add_(0.2 * torch.randn(tensor.shape, generator=generator))
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    model: Callable[[], nn.Module]
-    config: Callable[[], peft.PeftConfig]
-    spec: str
+    return fed(WaveNet(), 2, 3, 2, 7, 5)
 
 
 ATTENTION = ["q_proj", "v_proj"]
@@ -284,54 +256,14 @@ CASES = (
 )
 
 
-def name_of(case: Case) -> str:
-    return case.name
-
-
-def saved_by_peft(case: Case, directory: Path) -> nn.Module:
-    model = cast(peft.PeftModel, hf.get_peft_model(case.model(), case.config()))
-    moved({n: p.data for n, p in model.named_parameters() if p.requires_grad})
-    model.save_pretrained(str(directory))
-    return model.eval()
-
-
-def saved_by_us(case: Case, directory: Path) -> surgery.Compiled:
-    compiled = surgery.compile(case.spec, case.model())
-    trained = {n: p for n, p in compiled.model.named_parameters() if p.requires_grad}
-    moved({n: p.data for n, p in trained.items()})
-    report = compiled.save(directory)
-    assert report.peft == ""
-    return compiled
-
-
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+@every(CASES)
 def test_what_peft_saves_attaches(case: Case, tmp_path: Path) -> None:
-    theirs = saved_by_peft(case, tmp_path)
-    expected = output(theirs)
-    ours = surgery.attach(tmp_path, case.model())
-    assert (expected - output(case.model())).abs().max() > 1e-3
-    torch.testing.assert_close(output(ours.model), expected, atol=1e-5, rtol=1e-4)
-    ours.inverse.merge()
-    torch.testing.assert_close(output(ours.model), expected, atol=1e-4, rtol=1e-3)
+    attaches(case, tmp_path)
 
 
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+@every(CASES)
 def test_what_we_save_peft_loads(case: Case, tmp_path: Path) -> None:
-    compiled = saved_by_us(case, tmp_path)
-    expected = output(compiled.model)
-    theirs = hf.PeftModel.from_pretrained(case.model(), str(tmp_path)).eval()
-    assert (expected - output(case.model())).abs().max() > 1e-3
-    torch.testing.assert_close(output(theirs), expected, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("case", CASES, ids=name_of)
-def test_peft_has_the_keys_and_shapes_that_we_write(case: Case, tmp_path: Path) -> None:
-    compiled = saved_by_us(case, tmp_path)
-    theirs = hf.PeftModel.from_pretrained(case.model(), str(tmp_path))
-    wanted = cast("dict[str, Tensor]", hf.get_peft_model_state_dict(theirs))
-    written = compiled.mapping.rename(compiled.parameters(), to="peft")
-    adapter = {k: v.shape for k, v in wanted.items() if ".base_layer." not in k}
-    assert {k: v.shape for k, v in written.items()} == adapter
+    loads(case, tmp_path)
 
 
 # With a shard cut short, peft drops elements of its padding too, and so draws other numbers.
@@ -344,23 +276,14 @@ DROPPING = (
 )
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.name in DROPPING], ids=name_of)
+@every([c for c in CASES if c.name in DROPPING])
 def test_dropout_in_training_is_pefts(case: Case, tmp_path: Path) -> None:
-    theirs = saved_by_peft(case, tmp_path).train()
-    untyped.manual_seed(6)
-    expected = output(theirs)
-    ours = surgery.attach(tmp_path, case.model()).model.train()
-    untyped.manual_seed(6)
-    found = output(ours)
-    assert (output(ours.eval()) - found).abs().max() > 1e-3
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    drops(case, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in CASES if c.name.startswith("dora on convolutions")], ids=name_of
-)
+@every([c for c in CASES if c.name.startswith("dora on convolutions")])
 def test_gradients_are_pefts(case: Case, tmp_path: Path) -> None:
-    theirs = saved_by_peft(case, tmp_path)
+    theirs = saved_by_peft(case.model, case.config(), tmp_path)
     for name, parameter in theirs.named_parameters():
         parameter.requires_grad_("lora_" in name)
     cast(Any, output(theirs).square().sum()).backward()
@@ -397,8 +320,7 @@ def test_golden_vectors_of_bone(name: str) -> None:
 
 def test_embeddings_that_peft_saves_too_must_be_the_models_own(tmp_path: Path) -> None:
     config = peft.LoraConfig(r=3, target_modules=["embed_tokens", "q_proj"])
-    case = Case("", llama, lambda: config, "")
-    theirs = saved_by_peft(case, tmp_path)
+    theirs = saved_by_peft(llama, config, tmp_path)
     keys = [k for k in read_tensors(tmp_path / "adapter_model.safetensors") if "base_layer" in k]
     assert keys == ["base_model.model.embed_tokens.base_layer.weight"]
     ours = surgery.attach(tmp_path, llama())
@@ -426,7 +348,7 @@ def test_whole_modules_that_peft_trained_are_copies(
 ) -> None:
     target = {llama: "q_proj", bert: "query", convnet: "point"}[cast(Any, make)]
     config = peft.LoraConfig(r=3, target_modules=[target], modules_to_save=names)
-    theirs = saved_by_peft(Case("", make, lambda: config, ""), tmp_path / "theirs")
+    theirs = saved_by_peft(make, config, tmp_path / "theirs")
     ours = surgery.attach(tmp_path / "theirs", make())
     copies = [s for s in ours.plan.sites if s.site.at.tensor]
     assert len(copies) == count
@@ -446,7 +368,7 @@ def test_whole_modules_that_peft_trained_are_copies(
 
 def test_a_module_to_save_that_is_not_there_is_refused(tmp_path: Path) -> None:
     config = peft.LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["norm"])
-    saved_by_peft(Case("", llama, lambda: config, ""), tmp_path)
+    saved_by_peft(llama, config, tmp_path)
     path = tmp_path / "adapter_config.json"
     for names, message in (
         (["nrom"], "has no module `nrom` with parameters"),
@@ -474,7 +396,7 @@ def test_what_would_compute_something_else_is_refused(
     kind: Any, options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     config = kind(**{"r": 3, "target_modules": ["q_proj"], **options})
-    saved_by_peft(Case("", llama, lambda: config, ""), tmp_path)
+    saved_by_peft(llama, config, tmp_path)
     model = llama()
     before = output(model)
     with pytest.raises(surgery.SurgeryError) as caught:
@@ -487,7 +409,7 @@ def test_what_would_compute_something_else_is_refused(
 @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups:UserWarning")
 def test_lora_of_a_grouped_convolution_is_another_equation(tmp_path: Path) -> None:
     config = peft.LoraConfig(r=2, target_modules=["grouped", "head"])
-    saved_by_peft(Case("", convnet, lambda: config, ""), tmp_path)
+    saved_by_peft(convnet, config, tmp_path)
     with pytest.raises(surgery.SurgeryError, match=r"peft's lora on `grouped`.*2 group"):
         surgery.attach(tmp_path, convnet())
     compiled = surgery.compile("match /grouped/ apply lora(r=2)", convnet())

@@ -10,21 +10,19 @@ import peft
 import pytest
 import safetensors.torch
 import torch
-from oracle.test_peft import (
-    ATTENTION,
+from beside_peft import (
     Case,
-    bert,
-    convnet,
-    gpt2,
-    llama,
+    attaches,
+    drops,
+    every,
+    fed,
+    loads,
     moved,
-    name_of,
     output,
     saved_by_peft,
-    saved_by_us,
-    wavenet,
 )
-from support import bits
+from oracle.test_peft import ATTENTION, convnet, wavenet
+from small_models import bert, gpt2, llama
 from torch import Tensor, nn
 
 import surgery
@@ -55,15 +53,7 @@ class Two(nn.Module):
 
 def two() -> nn.Module:
     untyped.manual_seed(4)
-    return Two().eval()
-
-
-def seen(model: nn.Module) -> Tensor:
-    """The output of any model here on a fixed input."""
-    inner = model.get_base_model() if isinstance(model, peft.PeftModel) else model
-    if isinstance(inner, Two):
-        return cast(Tensor, model(torch.randn(3, 7, generator=torch.Generator().manual_seed(4))))
-    return output(model)
+    return fed(Two(), 3, 7)
 
 
 CASES = (
@@ -175,34 +165,15 @@ CASES = (
 )
 
 
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+@every(CASES)
 def test_what_peft_saves_attaches(case: Case, tmp_path: Path) -> None:
-    theirs = saved_by_peft(case, tmp_path)
-    expected, before = seen(theirs), seen(case.model())
-    model = case.model()
-    was = bits(model)
-    ours = surgery.attach(tmp_path, model)
-    assert (expected - before).abs().max() > 1e-3
-    torch.testing.assert_close(seen(ours.model), expected, atol=1e-5, rtol=1e-5)
-    ours.inverse.merge()
-    torch.testing.assert_close(seen(ours.model), expected, atol=1e-5, rtol=1e-4)
-    ours.inverse.unmerge()
-    torch.testing.assert_close(seen(ours.model), expected, atol=1e-5, rtol=1e-5)
-    assert bits(ours.inverse.unload()) == was
+    attaches(case, tmp_path)
 
 
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+@every(CASES)
 def test_what_we_save_peft_loads(case: Case, tmp_path: Path) -> None:
-    assert torch.equal(seen(surgery.compile(case.spec, case.model()).model), seen(case.model()))
-    compiled = saved_by_us(case, tmp_path)
-    expected = seen(compiled.model)
-    theirs = hf.PeftModel.from_pretrained(case.model(), str(tmp_path)).eval()
-    assert (expected - seen(case.model())).abs().max() > 1e-3
-    torch.testing.assert_close(seen(theirs), expected, atol=1e-5, rtol=1e-5)
-    wanted = cast("dict[str, Tensor]", hf.get_peft_model_state_dict(theirs))
-    written = compiled.mapping.rename(compiled.parameters(), to="peft")
-    adapter = {k: v.shape for k, v in wanted.items() if ".base_layer." not in k}
-    assert {k: v.shape for k, v in written.items()} == adapter
+    assert torch.equal(output(surgery.compile(case.spec, case.model()).model), output(case.model()))
+    loads(case, tmp_path)
 
 
 def pruned(directory: Path) -> nn.Module:
@@ -211,7 +182,7 @@ def pruned(directory: Path) -> nn.Module:
         init_r=7, lora_alpha=5, total_step=10, target_modules=[*ATTENTION, "up_proj"]
     )
     model = hf.get_peft_model(llama(), config).eval()
-    moved({n: p.data for n, p in model.named_parameters() if p.requires_grad})
+    moved(model)
     generator, marks = torch.Generator().manual_seed(8), dict[str, list[bool]]()
     for name, value in model.base_model.model.named_parameters():
         if "lora_E" in name:
@@ -227,7 +198,7 @@ def pruned(directory: Path) -> nn.Module:
 @pytest.mark.filterwarnings("ignore:Adapter 'default'. 2 LoRA tensor:UserWarning")
 def test_values_that_peft_took_away_are_not_there(tmp_path: Path) -> None:
     theirs = pruned(tmp_path / "theirs")
-    expected = seen(theirs)
+    expected = output(theirs)
     ours = surgery.attach(tmp_path / "theirs", llama())
     assert [dict(s.form.arguments)["r"] for s in ours.plan.sites] == [3] * 5
     spec = surgery.import_config(tmp_path / "theirs", llama())
@@ -238,37 +209,30 @@ def test_values_that_peft_took_away_are_not_there(tmp_path: Path) -> None:
     assert same[0] == same[1]
     with pytest.raises(surgery.SurgeryError, match="give the model"):
         surgery.import_config(tmp_path / "theirs")
-    torch.testing.assert_close(seen(ours.model), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output(ours.model), expected, atol=1e-5, rtol=1e-5)
     assert ours.save(tmp_path / "ours").peft == ""
     again = hf.PeftModel.from_pretrained(llama(), str(tmp_path / "ours")).eval()
-    torch.testing.assert_close(seen(again), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output(again), expected, atol=1e-5, rtol=1e-5)
 
 
 # Those of one layer in peft, whose dropout is ours: of x, before anything else.
 DROPPING = ("hira", "delora", "adalora")
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.name in DROPPING], ids=name_of)
+@every([c for c in CASES if c.name in DROPPING])
 def test_dropout_in_training_is_pefts(case: Case, tmp_path: Path) -> None:
-    theirs = saved_by_peft(case, tmp_path).train()
-    untyped.manual_seed(6)
-    expected = seen(theirs)
-    ours = surgery.attach(tmp_path, case.model()).model.train()
-    untyped.manual_seed(6)
-    found = seen(ours)
-    assert (seen(ours.eval()) - found).abs().max() > 1e-3
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    drops(case, tmp_path)
 
 
 def test_a_layer_without_a_bias_merges_where_peft_refuses(tmp_path: Path) -> None:
     case = next(c for c in CASES if c.name == "beft on small layers")
-    theirs = saved_by_peft(case, tmp_path)
+    theirs = saved_by_peft(case.model, case.config(), tmp_path)
     with pytest.raises(ValueError, match="has no bias"):
         cast(Any, theirs).merge_adapter()
     ours = surgery.attach(tmp_path, two())
-    expected = seen(ours.model)
+    expected = output(ours.model)
     ours.inverse.merge()
-    torch.testing.assert_close(seen(ours.inverse.unload(keep_merge=True)), expected)
+    torch.testing.assert_close(output(ours.inverse.unload(keep_merge=True)), expected)
 
 
 @pytest.mark.parametrize(
@@ -286,7 +250,7 @@ def test_what_peft_cannot_say_is_said(call: str, reason: str, tmp_path: Path) ->
     compiled = surgery.compile(call, wavenet())
     assert reason in compiled.save(tmp_path).peft
     attached = surgery.attach(tmp_path, wavenet())
-    torch.testing.assert_close(seen(attached.model), seen(compiled.model))
+    torch.testing.assert_close(output(attached.model), output(compiled.model))
 
 
 # ------------------------------------------------------------------------- norms, tuned as copies
@@ -306,29 +270,29 @@ NORMS_OF_BERT = Case(
 )
 
 
-@pytest.mark.parametrize("case", [NORMS, NORMS_OF_BERT], ids=name_of)
+@every([NORMS, NORMS_OF_BERT])
 def test_tuned_norms_of_peft_are_trained_copies(case: Case, tmp_path: Path) -> None:
-    theirs = saved_by_peft(case, tmp_path / "theirs")
-    expected, before = seen(theirs), seen(case.model())
+    theirs = saved_by_peft(case.model, case.config(), tmp_path / "theirs")
+    expected, before = output(theirs), output(case.model())
     ours = surgery.attach(tmp_path / "theirs", case.model())
     assert {s.form.method.name for s in ours.plan.sites} == {"trained"}
     assert (expected - before).abs().max() > 1e-3
-    torch.testing.assert_close(seen(ours.model), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output(ours.model), expected, atol=1e-5, rtol=1e-5)
     keys = read_tensors(tmp_path / "theirs" / "adapter_model.safetensors").shapes
     assert len(ours.parameters()) == len(keys)
     assert ours.save(tmp_path / "ours").peft == ""
     loaded = cast(Any, peft.PeftModel).from_pretrained(case.model(), tmp_path / "ours").eval()
-    torch.testing.assert_close(seen(loaded), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output(loaded), expected, atol=1e-5, rtol=1e-5)
     again = surgery.attach(tmp_path / "ours", case.model())
-    assert torch.equal(seen(again.model), seen(ours.model))
+    assert torch.equal(output(again.model), output(ours.model))
     ours.inverse.merge()
-    assert torch.equal(seen(ours.model), seen(again.model))
+    assert torch.equal(output(ours.model), output(again.model))
     ours.inverse.unload()
-    assert torch.equal(seen(ours.model), before)
+    assert torch.equal(output(ours.model), before)
 
 
 def test_tuned_norms_that_are_not_whole_are_refused(tmp_path: Path) -> None:
-    saved_by_peft(NORMS_OF_BERT, tmp_path)
+    saved_by_peft(NORMS_OF_BERT.model, NORMS_OF_BERT.config(), tmp_path)
     path, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
     whole = stored.load_file(path)
     lost = next(k for k in whole if k.endswith("LayerNorm.ln_tuning_layers.bias"))
