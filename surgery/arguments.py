@@ -10,7 +10,7 @@ from functools import lru_cache
 from surgery.algebra.axes import symbol
 from surgery.algebra.compose import Unchained
 from surgery.algebra.definitions import check_arguments, check_chain
-from surgery.algebra.equations import COUNTS, KINDS
+from surgery.algebra.equations import COUNTS, ENDING, KINDS
 from surgery.algebra.mentions import names as mentioned
 from surgery.algebra.mentions import nodes
 from surgery.algebra.names import Names
@@ -36,19 +36,37 @@ class Link:
 @lru_cache(maxsize=512)
 def counted(method: ast.Method) -> frozenset[str]:
     """The arguments that are what the sizes of all sites tell, whatever is given for them."""
+    return _become(method, COUNTS)
+
+
+@lru_cache(maxsize=512)
+def told(method: ast.Method) -> frozenset[str]:
+    """The arguments that are not given: what the sizes of all sites tell, or the site's path."""
+    return counted(method) | _become(method, (ENDING,))
+
+
+def _become(method: ast.Method, functions: tuple[str, ...]) -> frozenset[str]:
     given = {a.name for a in method.arguments}
     found = (n for n in nodes(method) if isinstance(n, ast.Equation) and n.target in given)
-    return frozenset(e.target for e in found if any(map(_counts, nodes(e.value))))
-
-
-def _counts(node: ast.Node) -> bool:
-    return isinstance(node, ast.Call) and node.function in COUNTS
+    return frozenset(
+        e.target
+        for e in found
+        if any(isinstance(n, ast.Call) and n.function in functions for n in nodes(e.value))
+    )
 
 
 def without_counted(link: Link) -> Arguments:
     """A method's arguments but for those that the sizes of all sites tell."""
-    told = counted(link.method)
-    return tuple(a for a in link.arguments if a[0] not in told) if told else link.arguments
+    return _without(link, counted(link.method))
+
+
+def without_told(link: Link) -> Arguments:
+    """A method's arguments as they were given, or could have been."""
+    return _without(link, told(link.method))
+
+
+def _without(link: Link, names: frozenset[str]) -> Arguments:
+    return tuple(a for a in link.arguments if a[0] not in names) if names else link.arguments
 
 
 def unknown_method(application: ast.Application, library: Library) -> Diagnostic:
@@ -77,7 +95,7 @@ def wrong_kind(application: ast.Application, method: ast.Method) -> Iterator[Dia
 def signature_problems(application: ast.Application, method: ast.Method) -> Iterator[Diagnostic]:
     """What is wrong with the names of arguments: E107, E118, E122."""
     known = {a.name: a for a in method.arguments}
-    told = counted(method)
+    hidden = told(method)
     seen: set[str] = set()
     for keyword in application.arguments:
         if keyword.name not in known:
@@ -88,8 +106,10 @@ def signature_problems(application: ast.Application, method: ast.Method) -> Iter
                 did_you_mean(keyword.name, known),
                 f"it has: {', '.join(known) or 'none'}",
             )
-        if keyword.name in told:
-            message = f"`{keyword.name}` of {method.name}() is what the sizes of all sites tell"
+        if keyword.name in hidden:
+            by_sizes = keyword.name in counted(method)
+            what = "the sizes of all sites tell" if by_sizes else "the path of a site ends in"
+            message = f"`{keyword.name}` of {method.name}() is what {what}"
             place = keyword.span.within(0, len(keyword.name))
             yield Diagnostic("E122", message, place, hint="leave it out")
         if keyword.name in seen:

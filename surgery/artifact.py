@@ -20,11 +20,11 @@ from typing import Protocol, TypeVar, cast
 
 from torch import Tensor, nn
 
-from surgery.algebra.beginnings import PLACES
+from surgery.algebra.beginnings import PAIRS
 from surgery.algebra.cost import numbers
 from surgery.algebra.equations import Parameter, Random
 from surgery.algebra.expr import Expr, render
-from surgery.arguments import Link, without_counted
+from surgery.arguments import Link, without_told
 from surgery.check import DEFAULT_ADAPTER, Resolved, resolve
 from surgery.digests import Digest
 from surgery.errors import Report, refuse
@@ -37,6 +37,7 @@ from surgery.mapping.config import PEFT, saying
 from surgery.mapping.keys import ADAPTED, NATIVE, Row
 from surgery.mapping.pieces import pieces_of
 from surgery.mapping.spelling import Formats
+from surgery.model.holder import shared_name
 from surgery.model.parts import WHOLE
 from surgery.plan import Assignment, plan_assignments
 from surgery.planned import Plan, PlannedSite, SiteClass
@@ -202,7 +203,7 @@ def _explicit(sites: list[PlannedSite]) -> list[str]:
 
 
 def _written(link: Link) -> str:
-    given = ", ".join(f"{n} = {_literal(v)}" for n, v in without_counted(link))
+    given = ", ".join(f"{n} = {_literal(v)}" for n, v in without_told(link))
     return f"{link.method.name}({given})"
 
 
@@ -372,6 +373,9 @@ def _check_places(plan: Plan, loaded: Loaded, report: Report) -> None:
     for site in plan.sites:
         for p in site.form.parameters:
             name = site.adapted(p.name)
+            if p.shared:
+                group = plan.groups[site.form.bank(site.adapter, p)]
+                name = shared_name(site.adapter, group, p.declared_name)
             if not p.whole or name not in loaded.tensors:
                 continue
             ends, places = _ends(site, p), loaded.tensors[name]
@@ -386,8 +390,7 @@ def _ends(site: PlannedSite, p: Parameter) -> list[list[float]]:
     match p.beginning:
         case Random(distribution, arguments):
             sizes = dict(arguments)
-            of = ("rows", "columns") if distribution == PLACES else ("numbers",)
-            return [[sizes[n]] for n in of]
+            return [[sizes[n]] for n in PAIRS.get(distribution, ("numbers",))]
         case Expr(args=(matrix,)):
             return [[prod(numbers(matrix, site.form.names))]]
         case _:

@@ -174,7 +174,8 @@ def _open(directory: Path, model: nn.Module) -> _Opened:
     report.stop()
     for site in plan.sites:
         made = _tensors_at(site, plan, loaded) if _lacking(site, loaded) else {}
-        tensors |= {site.adapted(n): t for n, t in made.items() if site.adapted(n) not in tensors}
+        own = {site.adapted(p.name): p.name for p in site.form.parameters if not p.shared}
+        tensors |= {a: made[n] for a, n in own.items() if a not in tensors and n in made}
     return _Opened(replace(loaded, tensors=tensors), plan)
 
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 from itertools import islice
 
 from surgery.algebra.axes import Size, evaluate, names_in, size, symbol
-from surgery.algebra.beginnings import PLACES
+from surgery.algebra.beginnings import OFF_DIAGONAL, PAIRS
 from surgery.algebra.elaborate import asks_sizes, instantiate
 from surgery.algebra.equations import Equations, Parameter, Random
 from surgery.algebra.expr import BIAS, TOKENS, Expr, walk
@@ -110,7 +110,7 @@ def _demands(equations: Equations) -> Iterator[_Demand]:
     for p in equations.parameters:
         for length in p.shape:
             yield _whole(length, 1, p.span)
-        if isinstance(p.beginning, Random) and p.beginning.distribution == PLACES:
+        if isinstance(p.beginning, Random) and p.beginning.distribution in PAIRS:
             yield _whole(_places_left(p, p.beginning), 0, p.span)
         if isinstance(p.beginning, Expr):
             yield from _within(p.beginning, p.span)
@@ -120,9 +120,10 @@ def _demands(equations: Equations) -> Iterator[_Demand]:
 
 
 def _places_left(p: Parameter, beginning: Random) -> Size:
-    """How many places of a matrix are not drawn."""
-    sizes = dict(beginning.arguments)
-    return size(sizes["rows"]) * size(sizes["columns"]) - p.shape[-1]
+    """How many places of a matrix are not drawn, of those that could be."""
+    sizes, (rows, columns) = dict(beginning.arguments), PAIRS[beginning.distribution]
+    left = size(sizes[rows]) * size(sizes[columns]) - p.shape[-1]
+    return left - size(sizes[rows]) if beginning.distribution == OFF_DIAGONAL else left
 
 
 def _within(root: Expr, where: Span | None) -> Iterator[_Demand]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from surgery.algebra import observed
-from surgery.algebra.axes import evaluate
+from surgery.algebra.axes import Size, evaluate
+from surgery.algebra.bases import COMMON, basis_of
 from surgery.algebra.beginnings import draw, drawn_again, stream
 from surgery.algebra.cost import numbers
 from surgery.algebra.derive import parameters_in
@@ -19,6 +21,7 @@ from surgery.algebra.expr import BIAS, WEIGHT, Expr, depends_on
 from surgery.algebra.interpret import Domain, Evaluator
 from surgery.algebra.observed import SIGHTS
 from surgery.algebra.rules import constant
+from surgery.model.endings import layer_number
 from surgery.model.holder import parameters_of
 from surgery.model.hooked import execution_device
 from surgery.model.parts import ParameterSlice
@@ -110,16 +113,47 @@ def placed(value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     return value.to(dtype=dtype) if unknown else value.to(device, dtype)
 
 
-def shared_tensor(shared: SharedParameter, seed: int, device: torch.device) -> Tensor:
-    """A parameter that many sites share, at its full size."""
+def shared_tensor(
+    shared: SharedParameter, seed: int, device: torch.device, sites: Sequence[PlannedSite] = ()
+) -> Tensor:
+    """A parameter that many sites share, at its full size.
+
+    sites: all of the model, in its order, for one that begins with what their W have in common. As
+    long as one of those is on meta, so is what begins: *not yet*.
+    """
     p = shared.parameter
     if device.type == "meta":
         return torch.empty(shared.shape, dtype=shared.dtype, device=device)
     if isinstance(p.beginning, Random):
         names = (seed, shared.adapter, shared.method)
         return _drawn(p.beginning, p.name, shared.shape, names).to(device, shared.dtype)
+    if p.beginning.op == COMMON:
+        return _in_common(shared, p.beginning, sites).to(device, shared.dtype)
     value = evaluate(constant(p.beginning), {})
     return torch.full(shared.shape, value, dtype=shared.dtype, device=device)
+
+
+def _in_common(shared: SharedParameter, beginning: Expr, sites: Sequence[PlannedSite]) -> Tensor:
+    """The basis of the W of all sites that share it, rounded as these are.
+
+    They stand by the numbers of their layers, and of those of one number the last stands alone.
+    """
+    mine = (s for s in sites if s.adapter == shared.adapter)
+    matrices: dict[int, Sequence[Tensor]] = {}
+    for place, site in enumerate(s for s in mine if _applies(s, shared.method)):
+        if shared.key not in {site.form.bank(site.adapter, p) for p in site.form.parameters}:
+            continue
+        weight = read(site.site.module, site.form.kind, site.site.at)
+        if weight is None:
+            return torch.empty(shared.shape, dtype=shared.dtype, device="meta")
+        matrices[layer_number(site.path, place)] = (weight,) if weight.dim() == 2 else tuple(weight)
+    ordered = [matrix for number in sorted(matrices) for matrix in matrices[number]]
+    ridge = evaluate(cast(Size, beginning.attr("ridge")), {})
+    return basis_of(ordered, ridge).to(ordered[0].dtype)
+
+
+def _applies(site: PlannedSite, method: str) -> bool:
+    return any(link.method.name == method for link in site.form.links)
 
 
 def _begin(
@@ -200,7 +234,10 @@ class Leaves:
                 )
             case "parameter":
                 name = expr.text("name")
-                return self.site.form.matrix(name, self.made[name]).double()
+                known, own = self.made[name], self.site.form
+                if any(p.shared and p.name == name for p in own.parameters):  # as large as any asks
+                    known = known[tuple(map(slice, own.shapes[name]))]
+                return own.matrix(name, known).double()
             case "weight":
                 return _double(read(module, self.site.form.kind, self.at))
             case _:

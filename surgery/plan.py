@@ -18,7 +18,7 @@ from surgery.algebra import scalars
 from surgery.algebra.axes import evaluate
 from surgery.algebra.compose import Unchained, composed
 from surgery.algebra.derive import derive
-from surgery.algebra.equations import Equations, Parameter
+from surgery.algebra.equations import Equations, Parameter, Random
 from surgery.algebra.filters import Filter, asks
 from surgery.arguments import (
     Arguments,
@@ -73,7 +73,7 @@ def plan(resolved: Resolved, model: nn.Module, dtype: torch.dtype | None = None)
 def _planned(
     resolved: Resolved, inventory: Inventory, sites: tuple[PlannedSite, ...], report: Report
 ) -> Plan:
-    shared = tuple(_shared(sites))
+    shared = tuple(_shared(sites, report))
     _check_names(sites, report)
     base = {id(p): p for p in inventory.parameters()}
     made = Plan(
@@ -352,7 +352,7 @@ def _without_layer(diagnostics: Iterable[Diagnostic], site: Site) -> Iterator[Di
             yield d
 
 
-def _shared(sites: Iterable[PlannedSite]) -> Iterator[SharedParameter]:
+def _shared(sites: Iterable[PlannedSite], report: Report) -> Iterator[SharedParameter]:
     found: dict[SharedKey, SharedParameter] = {}
     largest: dict[SharedKey, dict[str, int]] = {}
     for site in sites:
@@ -367,8 +367,30 @@ def _shared(sites: Iterable[PlannedSite]) -> Iterator[SharedParameter]:
             declared = replace(p, name=p.declared_name, declared="", link=0)
             one = SharedParameter(*key[:3], declared, shape, form.dtype_of(p), site.site.device)
             before = found.get(key)
+            if before is not None:
+                _check_alike(before, one, site, report)
             found[key] = one if before is None else _larger(before, shape)
     yield from found.values()
+
+
+def _check_alike(
+    before: SharedParameter, one: SharedParameter, site: PlannedSite, report: Report
+) -> None:
+    """E310 where what sites share begins by sizes that are not the same at all of them."""
+    p = one.parameter
+    whole = isinstance(p.beginning, Random) or p.beginning.op == "number"
+    if p.beginning != before.parameter.beginning or not (whole or one.shape == before.shape):
+        report.error(
+            "E310",
+            f"`{p.name}` of {one.method} is shared by sites of other sizes than `{site.path}`",
+            site.span,
+            label=f"it is {_began(p)}{list(one.shape)} there, and {list(before.shape)} before",
+            hint="put the method on them by statements with other arguments, or in another adapter",
+        )
+
+
+def _began(p: Parameter) -> str:
+    return f"{p.begins} " if isinstance(p.beginning, Random) else ""
 
 
 def _shape_for(p: Parameter, own: tuple[int, ...], largest: Mapping[str, int]) -> tuple[int, ...]:

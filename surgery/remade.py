@@ -14,15 +14,12 @@ from torch import Tensor
 from surgery.errors import Report
 from surgery.mapping import StateDictMapping
 from surgery.mapping.keys import Row
-from surgery.mapping.pieces import Largest, Pieces, pieces_of, sizes_of
+from surgery.mapping.pieces import Several, pieces_of, sizes_of
 from surgery.materialize import site_tensors
 from surgery.planned import Plan, PlannedSite
 from surgery.store import TensorFile
 
 _CLOSE = 1e-2  # of the largest element: files may have 16 bits, and other machines other rounding
-
-
-_Several = Pieces | Largest
 
 
 def with_remade(
@@ -48,11 +45,11 @@ def with_remade(
     return found
 
 
-def _pieces(row: Row, form: str) -> _Several | None:
+def _pieces(row: Row, form: str) -> Several | None:
     return pieces_of(row.key(form) or "")
 
 
-def _narrow(cut: tuple[Row, _Several]) -> bool:
+def _narrow(cut: tuple[Row, Several]) -> bool:
     return cut[1].within
 
 
@@ -65,7 +62,7 @@ class _Remade:
     file: TensorFile
     form: str
 
-    def complete(self, cut: Sequence[tuple[Row, _Several]], report: Report) -> None:
+    def complete(self, cut: Sequence[tuple[Row, Several]], report: Report) -> None:
         """Add the groups, or say why what the file has is not made of them."""
         names = {p.name: self.site.adapted(p.name) for p in self.site.form.parameters}
         again = {p.name for p in self.site.form.parameters if p.redrawn}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +75,8 @@ def _begin_shared(model: nn.Module, adapter: Adapter, shared: SharedParameter) -
     root = holder_of(model)
     assert root is not None
     holder = mount.holder_at(root, adapter.name, SHARED, group)
-    _keep_shared(holder, shared, device, adapter.seed, None if now.is_meta else now.detach())
+    sites = _in_order(model, adapter.plan) if now.is_meta else ()
+    _keep_shared(holder, shared, device, adapter.seed, None if now.is_meta else now.detach(), sites)
 
 
 def add_banks(
@@ -91,10 +93,20 @@ def add_banks(
         bank = mount.holder_at(child, SHARED)
         banks[shared.adapter] = bank
         value = given.get(shared_name(shared.adapter, group, shared.parameter.name))
-        _keep_shared(
-            mount.holder_at(bank, group), shared, _shared_device(made, shared), seed, value
-        )
+        holder, device = mount.holder_at(bank, group), _shared_device(made, shared)
+        sites = _in_order(model, made) if value is None else ()
+        _keep_shared(holder, shared, device, seed, value, sites)
     return banks
+
+
+def _in_order(model: nn.Module, made: Plan) -> Sequence[PlannedSite]:
+    """The sites as the model has them, where what is shared begins with the W of all."""
+    begun = (s.parameter.beginning for s in made.shared)
+    if not any(isinstance(b, Expr) and b.args for b in begun):
+        return made.sites
+    untyped: Any = model  # whose types are not complete
+    places = {name: i for i, (name, _) in enumerate(untyped.named_modules())}
+    return sorted(made.sites, key=lambda site: places.get(site.site.owner, len(places)))
 
 
 def _shared_device(made: Plan, shared: SharedParameter) -> torch.device:
@@ -108,10 +120,11 @@ def _keep_shared(
     device: torch.device,
     seed: int,
     value: Tensor | None,
+    sites: Sequence[PlannedSite],
 ) -> None:
     """Let a holder have a shared parameter: a given value, or its beginning."""
     if value is None:
-        value = materialize.shared_tensor(shared, seed, device)
+        value = materialize.shared_tensor(shared, seed, device, sites)
     value = materialize.placed(value, device, shared.dtype)
     parameter = nn.Parameter(value, requires_grad=shared.parameter.trained)
     holder.register_parameter(shared.parameter.name, parameter)

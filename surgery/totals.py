@@ -1,4 +1,7 @@
-"""Arguments that the sizes of all sites tell: `total(n)` and `before(n)`, in the model's order."""
+"""Arguments that are told: by the sizes of all sites, in the model's order, or by a site's path.
+
+`n' = total(m)` and `n' = before(m)` are sums over sites, `name' = ending()` is the end of a path.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,10 @@ from dataclasses import dataclass
 from surgery.algebra.axes import Size, evaluate, names_in
 from surgery.algebra.equations import Equations
 from surgery.algebra.scalars import typed
-from surgery.arguments import Arguments, Link, counted, without_counted
+from surgery.arguments import Arguments, Link, told, without_told
 from surgery.fit import equations_at
 from surgery.language import syntax as ast
+from surgery.model.endings import ending
 from surgery.planned import PlannedSite, SiteClass
 
 Key = tuple[str, str, Arguments]
@@ -33,7 +37,7 @@ class _Counting:
 def with_totals(
     sites: Sequence[PlannedSite], place: Callable[[PlannedSite], int]
 ) -> Iterator[tuple[Link, ...]]:
-    """The methods of each site, with the arguments that the sizes of all sites tell.
+    """The methods of each site, with the arguments that the sites tell.
 
     place: where a site stands in the model. A batch of matrices counts as one of them. Raises
     DefinitionError where an argument becomes what it cannot be.
@@ -59,22 +63,32 @@ def with_totals(
                 for t in one.equations.totals
             }
             names = {**site.form.names, **known}
-            links[one.number] = _changed(links[one.number], one.equations.changes, names)
+            link = _changed(links[one.number], one.equations.changes, names)
+            links[one.number] = _named(link, one.equations.endings, site.path)
         yield tuple(links)
 
 
 def _counting(form: SiteClass) -> Iterator[_Counting]:
     for number, link in enumerate(form.links):
-        if counted(link.method):
-            yield _Counting(number, equations_at(form, link), without_counted(link))
+        if told(link.method):
+            yield _Counting(number, equations_at(form, link), without_told(link))
 
 
 def _changed(
     link: Link, changes: Sequence[tuple[str, Size]], names: dict[str, int | float]
 ) -> Link:
     types: dict[str, ast.ValueType] = {a.name: a.type for a in link.method.arguments}
-    told, values = counted(link.method), dict(link.arguments)
+    known, values = told(link.method), dict(link.arguments)
     for name, size in changes:
-        if name in told and names_in(size) <= names.keys():
+        if name in known and names_in(size) <= names.keys():
             values[name] = typed(evaluate(size, names), types[name], name, link.method.span)
     return Link(link.method, tuple(values.items()))
+
+
+def _named(link: Link, names: Sequence[str], path: str) -> Link:
+    """A method whose arguments of these names are the end of a path."""
+    if not names:
+        return link
+    return Link(
+        link.method, tuple((n, ending(path) if n in names else v) for n, v in link.arguments)
+    )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from surgery.algebra.axes import Size, size, symbol
-from surgery.algebra.equations import COUNTS, Share, Total
+from surgery.algebra.equations import COUNTS, ENDING, Share, Total
 from surgery.algebra.expr import Expr
 from surgery.algebra.observed import DRAWN, SIGHTS, gaussian, sight
 from surgery.algebra.shapes import show
@@ -23,6 +23,7 @@ class Asking(Tensors):
         super().__init__(*given)
         self.shares: list[Share] = []
         self.totals: list[Total] = []
+        self.endings: list[str] = []
         self.changing = ""
         self._drawn = 0
 
@@ -86,6 +87,16 @@ class Asking(Tensors):
         self.totals.append(Total(name, self.size(term), expr.function == "before"))
         return size(symbol(name))
 
+    def ending(self, expr: ast.Call) -> object:
+        """`ending()` where it is not all that an argument becomes."""
+        self._check_changing(expr)
+        refuse(
+            "E103",
+            "ending() is a text, and nothing is made of it",
+            expr.span,
+            hint=f"let it stand alone: `{self.changing}' = ending()`",
+        )
+
     def _vector(self, expr: ast.Expression) -> Expr:
         value = self.tensor(expr)
         if len(value.shape) != 1:
@@ -124,4 +135,5 @@ _ASKED: Mapping[str, Callable[[Asking, ast.Call], object]] = {
     "among": Asking.among,
     "kept": Asking.kept,
     **dict.fromkeys(COUNTS, Asking.total),
+    ENDING: Asking.ending,
 }

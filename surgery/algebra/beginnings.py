@@ -101,6 +101,13 @@ def _places(t: Tensor, generator: torch.Generator, rows: float, columns: float) 
     return t.copy_(torch.stack([chosen // int(columns), chosen % int(columns)]))
 
 
+def _off_diagonal(t: Tensor, generator: torch.Generator, size: float) -> Tensor:
+    n = int(size)
+    chosen = torch.randperm(n * (n - 1), generator=generator)[: t.shape[1]]
+    rows, columns = chosen // (n - 1), chosen % (n - 1)
+    return t.copy_(torch.stack([rows, columns + (columns >= rows)]))
+
+
 def _dealt(
     t: Tensor, generator: torch.Generator, numbers: float, cards: float, first: float
 ) -> Tensor:
@@ -131,7 +138,13 @@ def _deck(numbers: int, cards: int, seed: int) -> Tensor:
     return torch.tensor(deck, dtype=WHOLE)
 
 
-PLACES, DEALT = "places", "dealt"
+PLACES, OFF_DIAGONAL, DEALT = "places", "off_diagonal", "dealt"
+
+PAIRS: Mapping[str, tuple[str, str]] = {
+    PLACES: ("rows", "columns"),
+    OFF_DIAGONAL: ("size", "size"),
+}
+"""The distributions of rows above columns: which arguments say how many of both there are."""
 
 # Names and arguments are torch.nn.init's, but for those that are whole numbers or count them.
 DISTRIBUTIONS: Mapping[str, Distribution] = {
@@ -148,6 +161,9 @@ DISTRIBUTIONS: Mapping[str, Distribution] = {
         least={"rows": 0, "columns": 0},
         told=True,
         whole=True,
+    ),
+    OFF_DIAGONAL: Distribution(
+        {"size": 1.0}, _off_diagonal, least={"size": 1}, told=True, whole=True
     ),
     DEALT: Distribution(
         {"numbers": 1.0, "cards": 1.0, "first": 0.0},

@@ -71,6 +71,12 @@ def _check_asks(first: Equations, second: Equations) -> None:
         raise Unchained("among() shares out an argument of a method that is alone at its sites")
     if seen_by(second):
         raise Unchained("it begins with what data shows of the base, and here it sees another W")
+    if any(
+        p.shared and isinstance(p.beginning, Expr) and p.beginning.args for p in second.parameters
+    ):
+        raise Unchained(
+            "what it shares begins with the W of all its sites, and here it sees another"
+        )
 
 
 def _suffix(number: int, link: Equations, taken: set[str]) -> str:

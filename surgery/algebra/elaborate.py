@@ -14,9 +14,11 @@ from typing import Any, assert_never
 
 from surgery.algebra import scalars
 from surgery.algebra.asked import Asking
-from surgery.algebra.axes import Size, evaluate, names_in, size
-from surgery.algebra.beginnings import DISTRIBUTIONS, PLACES, Distribution
-from surgery.algebra.equations import RESERVED, SIZES, TARGETS, Equations, Parameter, Random
+from surgery.algebra.axes import Size, evaluate, names_in
+from surgery.algebra.bases import COMMON
+from surgery.algebra.beginnings import DISTRIBUTIONS, Distribution
+from surgery.algebra.declared import check_whole, of_all_sites, positive
+from surgery.algebra.equations import ENDING, RESERVED, SIZES, TARGETS, Equations, Parameter, Random
 from surgery.algebra.expr import (
     BIAS,
     OUTPUT,
@@ -30,7 +32,7 @@ from surgery.algebra.expr import (
 from surgery.algebra.mentions import decisions, names, nodes
 from surgery.algebra.observed import LEAVES, is_lasting
 from surgery.algebra.ops import OPS
-from surgery.algebra.rules import constant, substitute
+from surgery.algebra.rules import substitute
 from surgery.algebra.scalars import Scalars, unknown_name
 from surgery.algebra.shapes import show
 from surgery.algebra.sums import difference
@@ -79,6 +81,7 @@ class Elaborator(Asking):
         fields: dict[str, Any] = {TARGETS[t][0]: e for t, e in targets.items()}
         fields |= {"start": self.start, "changes": (*self.changes.items(),)}
         fields |= {"shares": tuple(self.shares), "totals": tuple(self.totals)}
+        fields |= {"endings": tuple(self.endings)}
         return Equations((*self.parameters.values(),), **fields)
 
     def holds(self, condition: ast.Expression) -> bool:
@@ -130,7 +133,7 @@ class Elaborator(Asking):
 
     def _equation(self, item: ast.Equation) -> None:
         if item.target in self.arguments:
-            self.changes[item.target] = self.changed(item)
+            self._change(item)
             return
         if item.target not in TARGETS:
             refuse(
@@ -159,6 +162,18 @@ class Elaborator(Asking):
             )
         self._check_running(value, item.value.span)
         self.targets[item.target] = value
+
+    def _change(self, item: ast.Equation) -> None:
+        """`r' = …`: what an argument becomes."""
+        match item.value:
+            case ast.Call(function=name, arguments=(), keywords=()) if name == ENDING:
+                given = self.scope[item.target]
+                if not isinstance(given, str) and getattr(given, "type", None) != "text":
+                    hint = f'declare it so: `{item.target}: text = ""`'
+                    refuse("E103", "ending() is a text", item.value.span, hint=hint)
+                self.endings.append(item.target)
+            case _:
+                self.changes[item.target] = self.changed(item)
 
     def _check_running(self, value: Expr, place: Span) -> None:
         """Refuse what is no work for a forward."""
@@ -252,7 +267,7 @@ class Elaborator(Asking):
         if not is_lasting(p.beginning):
             return False
         read = (self.parameters[e.text("name")] for e in walk(p.beginning) if e.op == "parameter")
-        return all(q.redrawn for q in read)
+        return all(q.redrawn or (q.shared and not q.trained) for q in read)
 
     def _begun(self, value: Expr) -> Expr:
         """An expression over W, of W as it is at this point."""
@@ -263,7 +278,7 @@ class Elaborator(Asking):
     def _declare(self, item: ast.Declaration) -> None:
         shape = tuple(self.size(s) for s in item.shape)
         for length, place in zip(shape, item.shape, strict=True):
-            _positive(length, place.span)
+            positive(length, place.span)
         if iskeyword(item.name):
             hint = "use another name"
             refuse(
@@ -276,7 +291,7 @@ class Elaborator(Asking):
         self._define(item.name, parameter(item.name, shape), item.span)
         p = Parameter(item.name, shape, beginning, item.trained, item.shared, item.span)
         if p.whole:
-            _check_whole(item, p)
+            check_whole(item, p)
         self.parameters[item.name] = replace(p, again=self._is_made_again(p))
 
     def _beginning(self, item: ast.Declaration, shape: Shape) -> Random | Expr:
@@ -295,22 +310,24 @@ class Elaborator(Asking):
 
     def _check_beginning(self, item: ast.Declaration, value: Expr) -> None:
         place = item.beginning.span
-        if item.shared and (value.op != "number" or names_in(constant(value)) & SIZES.keys()):
+        if item.shared and not of_all_sites(self._begun(value)):
             refuse(
                 "E123",
                 f"`{item.name}` is shared by all sites, and cannot begin with what is one site's",
                 place,
-                hint="begin it with a number or a draw, or declare it without `shared`",
+                hint=f"begin it with a number, a draw or {COMMON}(W, …), or declare it without "
+                "`shared`",
             )
         for expr in walk(value):
             if expr.op == "drop":
                 refuse("E114", "a beginning is not random by drop(p)", place, hint="use `~ …`")
-            if expr.op == "parameter" and self.parameters[expr.text("name")].shared:
+            read = self.parameters[expr.text("name")] if expr.op == "parameter" else None
+            if read is not None and read.shared and read.trained:
                 refuse(
                     "E123",
-                    "a beginning cannot read what is shared by all sites",
+                    "a beginning cannot read what is shared by all sites and trained",
                     place,
-                    hint="begin with a number, a draw, or what is made of W",
+                    hint="begin with a number, a draw, what is made of W, or `shared frozen`",
                 )
 
     def _random(self, call: ast.Call, shared: bool) -> Random:
@@ -353,7 +370,7 @@ class Elaborator(Asking):
         if name not in row.arguments and name != "seed":
             unknown_name(name, keyword.span, [*row.arguments, "seed"], "argument")
         value = self.size(keyword.value)
-        if shared and names_in(value) & SIZES.keys():
+        if shared and not row.told and names_in(value) & SIZES.keys():
             refuse(
                 "E123",
                 "what all sites share cannot depend on the sizes of one",
@@ -396,30 +413,6 @@ def _numeric(value: object, sizes: Mapping[str, int]) -> object:
     if isinstance(value, Size) and names_in(value) <= sizes.keys():
         return evaluate(value, sizes)
     return value
-
-
-def _check_whole(item: ast.Declaration, p: Parameter) -> None:
-    pairs = isinstance(p.beginning, Random) and p.beginning.distribution == PLACES
-    if item.trained and not pairs:
-        message = f"`{item.name}` begins with whole numbers, which are not trained"
-        refuse("E111", message, item.span, hint="declare it as `frozen`")
-    if pairs and (item.trained or len(p.shape) != 2 or p.shape[0] != size(2)):
-        refuse(
-            "E111",
-            f"`{item.name}` begins with places in a matrix",
-            item.span,
-            label="each is a row and a column, and is not trained",
-            hint=f"declare it as `frozen {item.name}[2, n]`",
-        )
-
-
-def _positive(length: Size, span: Span) -> None:
-    value = length.number
-    if value is not None and (value < 1 or value.denominator != 1):
-        shown = scalars.plain(length)
-        said = "" if span.text == str(shown) else f", and `{span.text}` is {shown}"
-        message = f"a size must be a whole number from 1 on{said}"
-        refuse("E111", message, span, hint="make it 1, 2, 3, …")
 
 
 # --------------------------------------------------------------------- signatures and definitions

@@ -32,6 +32,9 @@ FACTS: Mapping[str, Open] = {
 COUNTS = ("before", "total")
 """`before(n)`, `total(n)`: sums over the sites of a method; see `Total`."""
 
+ENDING = "ending"
+"""`ending()`: a text, the end of the site's path; see `Equations`."""
+
 PLACING = frozenset({"largest"})
 """The operators whose values are places in a matrix, row by row: whole numbers."""
 
@@ -146,6 +149,7 @@ class Equations:
     joins: whether weight comes of a product with y, which mixes rows that groups keep apart.
     start: what W begins as, where a method says so.
     changes: what arguments become when the shares and totals in them are known.
+    endings: the arguments that become the end of the site's path.
     """
 
     parameters: tuple[Parameter, ...]
@@ -158,3 +162,4 @@ class Equations:
     changes: tuple[tuple[str, Size], ...] = ()
     shares: tuple[Share, ...] = ()
     totals: tuple[Total, ...] = ()
+    endings: tuple[str, ...] = ()

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from surgery.algebra import (
     applying,
+    bases,
     chance,
     clustered,
     rotations,
@@ -337,6 +338,22 @@ _ROWS: tuple[Op, ...] = (
         clustered.principal_shape,
         clustered.principal,
         spelled=("tensor", "tensor", "rank"),
+        work=_factorisation_work,
+        begins=True,
+    ),
+    Op(
+        bases.COMMON,
+        bases.basis_shape,
+        bases.common_basis,
+        spelled=("tensor", "ridge"),
+        work=_factorisation_work,
+        begins=True,
+    ),
+    Op(
+        "coordinates",
+        bases.coordinates_shape,
+        bases.coordinates,
+        spelled=("tensor", "tensor"),
         work=_factorisation_work,
         begins=True,
     ),

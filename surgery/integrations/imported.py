@@ -14,7 +14,7 @@ from typing import cast
 from torch import nn
 
 from surgery.algebra.scalars import Scalars
-from surgery.arguments import Link, without_counted
+from surgery.arguments import Link, without_told
 from surgery.artifact import CONFIG
 from surgery.check import Arguments, resolve
 from surgery.errors import Diagnostic, Report, Source, Span, SurgeryError, refuse
@@ -317,8 +317,8 @@ class _Import:
             return False
         links = {s.path: s.form.links[0] for s in made.sites if not s.site.at.tensor}
         wanted = {p: Link(self.reading.method, a) for p, a in (self.wanted or {}).items()}
-        got = {path: without_counted(link) for path, link in links.items()}
-        return got == {path: without_counted(link) for path, link in wanted.items()}
+        got = {path: without_told(link) for path, link in links.items()}
+        return got == {path: without_told(link) for path, link in wanted.items()}
 
     # ------------------------------------------------------------------------------------ text
 

@@ -7,7 +7,7 @@ and whatever in it is not understood is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from math import prod
@@ -40,7 +40,7 @@ from surgery.mapping import StateDictMapping, mapping_of
 from surgery.mapping.fields import ConfigFile, ConfigReader, unknown_fields
 from surgery.mapping.forms import Biases, constant, form_of, same, shown
 from surgery.mapping.forms import Value as ValueForm
-from surgery.mapping.pieces import named_in
+from surgery.mapping.pieces import measured_in, named_in
 from surgery.mapping.seats import multiplied, seats_of
 from surgery.mapping.spelling import dialect_of, rows_of
 from surgery.model.holder import ADAPTERS
@@ -101,10 +101,18 @@ def read_peft(directory: Path, model: nn.Module) -> Loaded:
     _check_meaning(chosen.fmt, plan)
     _check_base(file, model, base)
     mapping = mapping_of(plan, formats=lambda method: (chosen.fmt,))
-    tensors = taken(mapping, file, NAME, {*base, *passed, *_repeats(file, mapping, plan)})
+    known = {*base, *passed, *_beside_nothing(chosen.fmt, passed), *_repeats(file, mapping, plan)}
+    tensors = taken(mapping, file, NAME, known)
     _check_numbers(mapping, tensors)
     tensors = with_remade(plan, mapping, file, tensors, NAME)
     return Loaded(resolved, assignments, tensors, DEFAULT_ADAPTER)
+
+
+def _beside_nothing(fmt: ast.Format, empty: Iterable[str]) -> Iterator[str]:
+    """The keys of the numbers that stand beside the rows of empty tensors."""
+    for row in fmt.tensors:
+        for name, beside in measured_in(row.key):
+            yield from (key.replace(name, beside, 1) for key in empty if name in key)
 
 
 def _resolved(config: ConfigFile, library: Library) -> Resolved:

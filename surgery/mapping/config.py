@@ -10,7 +10,7 @@ from typing import Any, cast
 from torch import nn
 
 from surgery.algebra.scalars import Scalars, plain
-from surgery.arguments import Arguments, counted
+from surgery.arguments import Arguments, told
 from surgery.errors import Source, Span, refuse
 from surgery.language import syntax as ast
 from surgery.mapping.copies import about, copied
@@ -201,7 +201,8 @@ def _format_of(
         return Reason(f"{name} has one method an adapter, and this has {' and '.join(methods)}")
     known = tuple(f for f in formats(methods[0]) if f.name == name)
     if not known:
-        return Reason(f"{name} does not know `{methods[0]}` as it is defined here")
+        text = f"{name} does not know `{methods[0]}` as it is defined here"
+        return Reason(f"{text}; `surgery convert --to` may make a method of it that it knows")
     return _common_format(known, sites)
 
 
@@ -434,13 +435,13 @@ def _read_back(config: ForeignConfig, sites: Sequence[_Named]) -> ForeignConfig 
     file = ConfigFile(config.values, Span(text, 0, 0))
     method = sites[0].form.method
     reader = ConfigReader(config.format, method, file, [s.path for s in sites])
-    told = counted(method)  # who reads it has all sites, and is told the same
+    known = told(method)  # who reads it has all sites, and is told the same
     for site in sites:
         found = reader.read(site.path, site.kind)
         if found.problems:
             return Reason(f"`{site.path}`: {found.problems[0].message}")
         for (name, value), (_, read) in zip(site.arguments, found.arguments, strict=True):
-            if value != read and name not in told:
+            if value != read and name not in known:
                 return Reason(
                     f"{config.format.name} cannot say {name} = {shown(value)} at `{site.path}` "
                     f"({site.kind}); it means {shown(read)} there"

@@ -9,6 +9,9 @@ has. As a group of few rows has no more directions than these, the file then has
 `{places, weights of n}` stands for the two names: of each last axis the file has the n largest
 alone, under the one their places, under the other their softmax without the last, for all add up
 to 1. Read, they are logarithms, and the others lie so far below that they are never among them.
+
+`{places, sizes = n}` stands for two names as well: the tensor, and beside each of its rows n, which
+is how long the axis is that the row has places of.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from torch import Tensor
 from surgery.errors import refuse
 
 _NUMBERED = re.compile(r"\{:(\w+)((?: (?:by|within) \w+)?)\}")
+_MEASURED = re.compile(r"\{(\w+), (\w+) = (\w+)\}")
 _CHOSEN = re.compile(r"\{(\w+), (\w+) of (\w+)\}")
 
 _LEAST, _BELOW = 1e-30, -1e4  # a weight of nothing has no logarithm; and float16 ends at 65504
@@ -120,6 +124,44 @@ class Largest:
         return dict(zip(self.keys, (places.to(kind), weights), strict=True))
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The keys of a tensor, and of the one number that stands beside each of its rows."""
+
+    keys: tuple[str, str]
+    number: int
+    by: str = ""
+    within: bool = False
+
+    def shapes(self, whole: Shape, groups: Sequence[int]) -> list[Shape]:
+        """The shape of the tensor, and of the numbers."""
+        del groups
+        return [whole, whole[:1]]
+
+    def fit(self, found: Mapping[str, Shape], whole: Shape) -> bool:
+        """Whether the shapes of some tensors can be those of both."""
+        return [found.get(key) for key in self.keys] == self.shapes(whole, ())
+
+    def joined(self, whole: Shape, parts: Sequence[Tensor]) -> Tensor:
+        """The tensor. Raises ArtifactError (E518) where the numbers are others."""
+        del whole
+        tensor, numbers = parts
+        if bool((numbers != self.number).any()):
+            message = f"`{self.keys[1]}` is {list(map(int, numbers))}, and {self.number} is meant"
+            refuse("E518", message, hint="its config and its tensors were not saved together")
+        return tensor
+
+    def cut(self, tensor: Tensor, groups: Sequence[int]) -> dict[str, Tensor]:
+        """The tensor and the numbers, whole ones as torch takes them for places."""
+        del groups
+        numbers = torch.full((len(tensor),), self.number, dtype=torch.int64)
+        return dict(zip(self.keys, (tensor.to(torch.int64), numbers), strict=True))
+
+
+Several = Pieces | Largest | Measured
+"""The tensors of a file that are one here."""
+
+
 _WHOLE = (
     (2**8, torch.uint8),
     (2**15, torch.int16),
@@ -135,6 +177,7 @@ def sizes_of(members: Tensor) -> Sequence[int]:
 
 def numbered(key: str, arguments: Mapping[str, object]) -> str:
     """A key of a format with numbers in the place of the arguments that say how many there are."""
+    key = _MEASURED.sub(lambda found: f"{{{found[1]}, {found[2]} = {arguments[found[3]]}}}", key)
     key = _CHOSEN.sub(lambda found: f"{{{found[1]}, {found[2]} of {arguments[found[3]]}}}", key)
     return _NUMBERED.sub(lambda found: f"{{:{arguments[found[1]]}{found[2]}}}", key)
 
@@ -146,18 +189,30 @@ def counted_in(key: str) -> tuple[str, ...]:
 
 def named_in(key: str) -> tuple[str, ...]:
     """The keys of a file that a key of a format names, whatever the arguments are."""
-    found = _CHOSEN.search(key)
+    found = _CHOSEN.search(key) or _MEASURED.search(key)
     if found is None:
         return (key,)
     return tuple(f"{key[: found.start()]}{name}{key[found.end() :]}" for name in found.group(1, 2))
 
 
-def pieces_of(key: str) -> Pieces | Largest | None:
+def measured_in(key: str) -> tuple[tuple[str, str], ...]:
+    """What the keys of a tensor and of its numbers have that others have not, if it has them."""
+    if _MEASURED.search(key) is None:
+        return ()
+    tensor, numbers = (named.partition("{")[0] for named in named_in(key))
+    return ((tensor, numbers),)
+
+
+def pieces_of(key: str) -> Several | None:
     """The tensors of a file that a key stands for; None if it is that of one."""
     found = _CHOSEN.search(key)
     if found is not None:
         places, weights = named_in(key)
         return Largest((places, weights), int(found[3]))
+    found = _MEASURED.search(key)
+    if found is not None:
+        tensor, numbers = named_in(key)
+        return Measured((tensor, numbers), int(found[3]))
     found = _NUMBERED.search(key)
     if found is None:
         return None

@@ -172,7 +172,7 @@ class Place:
         known = {**counts, **self.facts}
         sizes = tuple((n, v) for n, v in known.items() if n in axes and type(v) is int)
         key = _IN_KEY.sub(lambda found: str(arguments[found.group(1)]), row.key)
-        key = numbered(key, arguments)
+        key = numbered(key, {**self.facts, **arguments})
         return Spelling(fmt.name, prefix + key, row.layout or "", sizes)
 
 

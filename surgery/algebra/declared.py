@@ -1,0 +1,48 @@
+"""What a declaration of a parameter may be: its sizes, whole numbers, what all sites share."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from surgery.algebra import scalars
+from surgery.algebra.axes import Size, names_in, size
+from surgery.algebra.bases import COMMON
+from surgery.algebra.beginnings import PAIRS
+from surgery.algebra.equations import SIZES, Parameter, Random
+from surgery.algebra.expr import WEIGHT, Expr
+from surgery.algebra.rules import constant
+from surgery.errors import Span, refuse
+from surgery.language import syntax as ast
+
+
+def of_all_sites(value: Expr) -> bool:
+    """Whether a beginning is no one site's: a number, or what the W of all have in common."""
+    if value.op == COMMON:
+        return value.args == (WEIGHT,) and not names_in(cast(Size, value.attr("ridge"))) & {*SIZES}
+    return value.op == "number" and not names_in(constant(value)) & SIZES.keys()
+
+
+def check_whole(item: ast.Declaration, p: Parameter) -> None:
+    """Refuse whole numbers that would be trained, and places that are no pairs (E111)."""
+    pairs = isinstance(p.beginning, Random) and p.beginning.distribution in PAIRS
+    if item.trained and not pairs:
+        message = f"`{item.name}` begins with whole numbers, which are not trained"
+        refuse("E111", message, item.span, hint="declare it as `frozen`")
+    if pairs and (item.trained or len(p.shape) != 2 or p.shape[0] != size(2)):
+        refuse(
+            "E111",
+            f"`{item.name}` begins with places in a matrix",
+            item.span,
+            label="each is a row and a column, and is not trained",
+            hint=f"declare it as `frozen {item.name}[2, n]`",
+        )
+
+
+def positive(length: Size, span: Span) -> None:
+    """Refuse a size that is known to be none (E111)."""
+    value = length.number
+    if value is not None and (value < 1 or value.denominator != 1):
+        shown = scalars.plain(length)
+        said = "" if span.text == str(shown) else f", and `{span.text}` is {shown}"
+        message = f"a size must be a whole number from 1 on{said}"
+        refuse("E111", message, span, hint="make it 1, 2, 3, …")
