@@ -130,7 +130,19 @@ def _by_clusters(p: Parameters, a: Arguments) -> Tensor:
     return torch.stack([rows[i] for i in range(len(label))])
 
 
+def frod(w: Tensor, p: Parameters, a: Arguments) -> Tensor:
+    """A diagonal, and some places beside it, between two bases."""
+    assert a["category"] == "site"
+    middle = torch.diag(p["l"])
+    for k in range(len(p["s"]) if a["sparse_rate"] else 0):
+        row, column = map(int, p["P"][:, k])
+        assert row != column
+        middle = middle.index_put((torch.tensor(row), torch.tensor(column)), p["s"][k], True)
+    return w - w.detach() + p["U"] @ middle @ p["V"].t()
+
+
 FACTORED = {
+    "frod": frod,
     "adamss": adamss,
     "qalora": qalora,
     "tinylora": tinylora,

@@ -312,6 +312,16 @@ ROWS = (
         ),
     ),
     Row(
+        "frod",
+        peft.FrodConfig,
+        ("llama", "bert"),
+        (
+            {},
+            {"sparse_rate": 0.2, "regularization_alpha": 0.1, "frod_dropout": 0.2},
+            {"sparse_rate": 0.0, "projection_prng_key": 3},
+        ),
+    ),
+    Row(
         "osf",
         peft.OSFConfig,
         ("opt", "bert"),

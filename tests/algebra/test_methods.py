@@ -120,6 +120,8 @@ CASES = (
     ('deft(r=3, decomposition_method="qr")', "snapshot"),
     ("deft(r=3, para=true)", "snapshot"),
     ("osf()", "algebraic"),
+    ("frod(sparse_rate=0.2, dropout=0.1)", "snapshot"),
+    ("frod(sparse_rate=0)", "snapshot"),
     ('peanut(r=3, depth=2, act_fn="gelu")', "snapshot"),
     ("peanut(r=3)", "snapshot"),
     ("adamss(r=5, num_subspaces=3, subspace_rank=2)", "algebraic"),

@@ -198,6 +198,15 @@ TALL = p("T", IN, 4)
 SKEW = p("Z", 7, 3)  # of more rows than columns
 AXES: tuple[tuple[str, Size], ...] = (("n", size(3)),)
 
+
+def right_directions(a: Tensor) -> Tensor:
+    """Of one matrix Q has orthonormal columns, so that every basis is as good: R itself, turned."""
+    r = linalg.qr(a.float())[1]
+    q = linalg.qr(a.float())[0]
+    ridged = q.T @ q + 0.5 * torch.eye(a.shape[1])
+    return (r.T @ linalg.eigh(linalg.inv(ridged))[1]).double()
+
+
 # For each operator: an expression, and the same in plain torch.
 Case = tuple[Expr, Callable[..., Tensor]]
 
@@ -275,6 +284,8 @@ CASES: dict[str, Case] = {
     ),
     "clusters": one(make("clusters", A, k=size(3), steps=size(10), seed=size(5)), in_clusters),
     "principal": two(make("principal", A, p("m", OUT, 2), rank=size(2)), directions_of),
+    "common_basis": one(make("common_basis", SKEW, ridge=size(0.5)), right_directions),
+    "coordinates": two(make("coordinates", A, SQUARE), lambda a, v: linalg.solve(v, a.T).T),
     "ungrouped": two(make("ungrouped", A, p("m", OUT, 4)), ungrouped),
     "nf4": one(make("nf4", p("N", 7, 11)), nearest_codes),
     "int8": one(make("int8", p("N", 7, 11)), whole_parts),
@@ -384,6 +395,7 @@ def test_a_number_is_taken_where_a_tensor_without_axes_is(name: str) -> None:
         ("transpose", (V,), {}, "at least 2 axes"),
         ("inverse", (A,), {}, "not square"),
         ("cayley", (A,), {}, "not square"),
+        ("coordinates", (A, A), {}, "[out, 3] is no basis of the 3 columns of [out, 3]"),
         ("ungrouped", (A, SQUARE), {}, "clusters of 3 rows for the out rows of [out, 3]"),
         ("scale_rows", (ROW, A), {}, "3 factors for the out rows"),
         ("scale_cols", (V, A), {}, "out factors for the 3 columns"),
