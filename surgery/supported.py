@@ -17,7 +17,7 @@ from surgery.errors import SurgeryError
 from surgery.explanation import layer_model
 from surgery.language import syntax as ast
 from surgery.language.library import Library
-from surgery.mapping import Reason, peft_config
+from surgery.mapping import ForeignConfig, Reason, peft_config
 from surgery.model.layers import KINDS
 from surgery.planned import Plan
 from surgery.resources import formats_dir, methods_dir
@@ -59,12 +59,22 @@ def small(method: ast.Method) -> dict[str, int]:
     return found
 
 
-def planned(name: str, kind: str) -> Plan:
-    """A method on one small layer of a kind. Raises SurgeryError where it does not stand there."""
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """A method on one small layer: its plan, and what a config of peft's says of it."""
+
+    plan: Plan
+    config: ForeignConfig | Reason
+
+
+def tried(name: str, kind: str) -> Tried:
+    """A method on a small layer of a kind. Raises SurgeryError where it does not stand there."""
     method = Library.standard().method(name)
     given = {} if method is None else small(method)
     call = f"{name}({', '.join(f'{n}={v}' for n, v in given.items())})"
-    return plan(f"match site apply {call}", layer_model(kind, *SIZES))
+    model = layer_model(kind, *SIZES)
+    made = plan(f"match site apply {call}", model)
+    return Tried(made, peft_config(made, made.adapters[0], model))
 
 
 @lru_cache(maxsize=1)
@@ -76,19 +86,15 @@ def of_peft() -> Mapping[str, Mapping[str, str]]:
 
 def _row(name: str) -> Row:
     here: dict[str, str] = {}
-    plans: dict[str, Plan] = {}
+    made: dict[str, Tried] = {}
     for kind in KINDS:
         try:
-            plans[kind.name] = planned(name, kind.name)
+            made[kind.name] = tried(name, kind.name)
             here[kind.name] = ""
         except SurgeryError as error:
             here[kind.name] = error.diagnostics[0].message
-    merges = {made.sites[0].form.derived.merge_class for made in plans.values()}
-    exchanged = {
-        kind
-        for kind, made in plans.items()
-        if not isinstance(peft_config(made, made.adapters[0]), Reason)
-    }
+    merges = {one.plan.sites[0].form.derived.merge_class for one in made.values()}
+    exchanged = {kind for kind, one in made.items() if not isinstance(one.config, Reason)}
     says = (methods_dir() / f"{name}.peft").read_text(encoding="utf-8").partition("\n")[0]
     merge = ", ".join(sorted(merges))
     mine = of_peft().get(name, {})
@@ -110,7 +116,7 @@ layer; peft is that of 0.21.
 | --- | --- |
 | ● | stands there, as in peft, and folders go both ways |
 | ◐ | stands there; peft has no folder that means the same, or no merge that is its own forward |
-| ○ | stands there, and not in peft |
+| ○ | stands there; in peft not, or it leaves no folder that says what it did |
 | – | is refused |
 
 *merge* says how a merged weight goes [back](language.md#what-is-derived): `exact` where none was

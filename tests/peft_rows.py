@@ -314,7 +314,7 @@ ROWS = (
     Row(
         "frod",
         peft.FrodConfig,
-        ("llama", "bert"),
+        ("opt", "vit"),
         (
             {},
             {"sparse_rate": 0.2, "regularization_alpha": 0.1, "frod_dropout": 0.2},

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from surgery.language.library import Library
 from surgery.model.layers import KINDS
-from surgery.supported import page, planned
+from surgery.supported import page, tried
 
 PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
 
@@ -23,5 +23,5 @@ def test_every_method_stands_in_the_page() -> None:
 
 def test_the_small_layer_is_of_the_kind_that_was_asked_for() -> None:
     for kind in KINDS:
-        (site,) = planned("bone", kind.name).sites
+        (site,) = tried("bone", kind.name).plan.sites
         assert site.form.kind.name == kind.name

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from surgery.language.library import Library
-from surgery.mapping import Reason, peft_config
+from surgery.mapping import Reason
 from surgery.model.layers import KINDS
 from surgery.resources import formats_dir
-from surgery.supported import SIZES, of_peft, planned
+from surgery.supported import SIZES, of_peft
+from surgery.supported import tried as on_layer
 
 hf: Any = peft
 IN, OUT = SIZES
@@ -40,10 +41,9 @@ LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
 def config(method: str) -> dict[str, Any] | None:
     """What peft is told to do the same on a linear layer; None where it cannot be told."""
     try:
-        made = planned(method, "linear")
+        found = on_layer(method, "linear").config
     except Exception:
         return None
-    found = peft_config(made, made.adapters[0])
     return None if isinstance(found, Reason) else {**found.values, "target_modules": ["0"]}
 
 
