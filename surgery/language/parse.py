@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +29,11 @@ _WORDS = re.compile(r"""\#[^\n]*|"[^"\n]*"|\w+|[^\w\s]""")
 _MAX_LEVELS = MAX_DEPTH + 20
 _MAX_FINDINGS = 40
 
-_PARSER: Any = load_parser()
+
+@cache
+def _parser() -> Any:
+    """The parser, from the first text on: to read its tables takes as long as many an import."""
+    return load_parser()
 
 
 def load(path: str | Path) -> ast.Spec:
@@ -137,7 +142,7 @@ class Token:
 
 def tokens(text: str) -> Iterator[Token]:
     """All of a text that is neither space nor a comment; it must be one that `parse` reads."""
-    for token in _PARSER.parse_interactive(text).iter_parse():
+    for token in _parser().parse_interactive(text).iter_parse():
         yield Token(str(token.type), token.start_pos, token.end_pos)
 
 
@@ -201,11 +206,11 @@ def _attempt(
 ) -> tuple[ast.Spec | None, list[Diagnostic]]:
     """The spec that a piece of the source is, or None if it is not one; and what is wrong."""
     try:
-        tree = _PARSER.parse(source.text[piece.start : piece.end])
+        tree = _parser().parse(source.text[piece.start : piece.end])
     except UnexpectedInput as error:
         from surgery.language.complaints import complaint
 
-        return None, [complaint(error, source, piece.start, whole.unclosed(), _PARSER)]
+        return None, [complaint(error, source, piece.start, whole.unclosed(), _parser())]
     parts = list(tree.iter_subtrees())
     found = sorted(_misused(parts, source, piece.start), key=_offset)
     spec = _built(parts, source, piece.start)
