@@ -24,6 +24,7 @@ from surgery.algebra.beginnings import PAIRS
 from surgery.algebra.cost import numbers
 from surgery.algebra.equations import Parameter, Random
 from surgery.algebra.expr import Expr, render
+from surgery.algebra.scalars import literal
 from surgery.arguments import Link, without_told
 from surgery.check import DEFAULT_ADAPTER, Resolved, resolve
 from surgery.digests import Digest
@@ -171,22 +172,12 @@ def _names(resolved: Resolved) -> Iterator[str]:
     for statement in resolved.spec.statements:
         match statement:
             case ast.Param():
-                value = _literal(resolved.values[statement.name])
+                value = literal(resolved.values[statement.name])
                 yield f"param {statement.name}: {statement.type} = {value}"
             case ast.Let():
                 yield statement.span.text
             case _:
                 continue
-
-
-def _literal(value: object) -> str:
-    match value:
-        case bool():
-            return str(value).lower()
-        case str():
-            return f'"{value}"'
-        case _:
-            return repr(value)
 
 
 def _plain(site: PlannedSite) -> bool:
@@ -203,7 +194,7 @@ def _explicit(sites: list[PlannedSite]) -> list[str]:
 
 
 def _written(link: Link) -> str:
-    given = ", ".join(f"{n} = {_literal(v)}" for n, v in without_told(link))
+    given = ", ".join(f"{n} = {literal(v)}" for n, v in without_told(link))
     return f"{link.method.name}({given})"
 
 

@@ -38,9 +38,9 @@ untyped: Any = torch  # whose types are not complete
 TOKENS = torch.tensor([[3, 5, 1, 7, 2], [2, 0, 11, 4, 6]])
 
 
-def llama() -> nn.Module:
-    untyped.manual_seed(0)
-    config = LlamaConfig(
+def llama_config(**given: Any) -> LlamaConfig:
+    """Two layers, whose sizes are all different; some of it may be given otherwise."""
+    return LlamaConfig(
         vocab_size=13,
         hidden_size=12,
         intermediate_size=30,
@@ -48,8 +48,13 @@ def llama() -> nn.Module:
         num_attention_heads=2,
         num_key_value_heads=1,
         attention_bias=True,
+        **given,
     )
-    return LlamaModel(config).eval()
+
+
+def llama() -> nn.Module:
+    untyped.manual_seed(0)
+    return LlamaModel(llama_config()).eval()
 
 
 def gpt2() -> nn.Module:

@@ -344,17 +344,26 @@ _EXAMPLES: Mapping[ast.ValueType, str] = {
 }
 
 
-def shown(value: object) -> str:
-    """A value as a spec writes it."""
+def literal(value: object) -> str:
+    """A value as a spec writes it, and as it is read again."""
     match value:
         case None | bool():
             return {None: "null", True: "true", False: "false"}[value]
         case str():
             return f'"{value}"'
+        case _:
+            return repr(value)
+
+
+def shown(value: object) -> str:
+    """A value as a message has it."""
+    match value:
         case int() if abs(value) > 10**18:
             return "a number of more than 18 digits"
         case Open():
             return f"`{value.name}`"
+        case None | bool() | str():
+            return literal(value)
         case _:
             return str(value)
 

@@ -289,50 +289,29 @@ def _factored(name: str, a: Tensor) -> tuple[Tensor, ...]:
     return known[a]
 
 
-def left_singular(facts: Facts, a: Tensor) -> Tensor:
-    """[m, n] to [m, rank]: the left singular vectors of the largest singular values."""
-    return _factored("svd", a)[0].narrow(1, 0, facts.integer("rank"))
+def _leading(by: str, part: int, axis: int) -> Callable[[Facts, Tensor], Tensor]:
+    """The first `rank` places of an axis of one part of a factorization of [m, n]."""
+
+    def value(facts: Facts, a: Tensor) -> Tensor:
+        return _factored(by, a)[part].narrow(axis, 0, facts.integer("rank"))
+
+    return value
+
+
+left_singular = _leading("svd", 0, 1)  # [m, rank], of the largest singular values
+singular_values = _leading("svd", 1, 0)  # [rank], falling
+right_singular = _leading("svd", 2, 0)  # [rank, n]
+svd_left = _leading("torch", 0, 1)  # the same, in float32 and with torch's own signs
+svd_values = _leading("torch", 1, 0)
+svd_right = _leading("torch", 2, 0)
+qr_q = _leading("qr", 0, 1)  # [m, rank], of A = Q R
+qr_r = _leading("qr", 1, 0)  # [rank, n]
 
 
 def least_left_singular(facts: Facts, a: Tensor) -> Tensor:
     """[m, n] to [m, rank]: those of the least of the min(m, n) singular values."""
     u, rank = _factored("svd", a)[0], facts.integer("rank")
     return u.narrow(1, u.shape[1] - rank, rank)
-
-
-def svd_left(facts: Facts, a: Tensor) -> Tensor:
-    """[m, n] to [m, rank]: the left singular vectors, with torch's own signs, in float32."""
-    return _factored("torch", a)[0].narrow(1, 0, facts.integer("rank"))
-
-
-def svd_values(facts: Facts, a: Tensor) -> Tensor:
-    """[m, n] to [rank]: the largest singular values, falling, in float32."""
-    return _factored("torch", a)[1].narrow(0, 0, facts.integer("rank"))
-
-
-def svd_right(facts: Facts, a: Tensor) -> Tensor:
-    """[m, n] to [rank, n]: the right singular vectors, with torch's own signs, in float32."""
-    return _factored("torch", a)[2].narrow(0, 0, facts.integer("rank"))
-
-
-def singular_values(facts: Facts, a: Tensor) -> Tensor:
-    """[m, n] to [rank]: the largest singular values, falling."""
-    return _factored("svd", a)[1].narrow(0, 0, facts.integer("rank"))
-
-
-def right_singular(facts: Facts, a: Tensor) -> Tensor:
-    """[m, n] to [rank, n]: the right singular vectors of the largest singular values."""
-    return _factored("svd", a)[2].narrow(0, 0, facts.integer("rank"))
-
-
-def qr_q(facts: Facts, a: Tensor) -> Tensor:
-    """[m, n] to [m, rank]: the first columns of Q, of A = Q R."""
-    return _factored("qr", a)[0].narrow(1, 0, facts.integer("rank"))
-
-
-def qr_r(facts: Facts, a: Tensor) -> Tensor:
-    """[m, n] to [rank, n]: the first rows of R, of A = Q R."""
-    return _factored("qr", a)[1].narrow(0, 0, facts.integer("rank"))
 
 
 def layout(name: str) -> Callable[..., Tensor]:

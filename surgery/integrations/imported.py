@@ -13,7 +13,7 @@ from typing import cast
 
 from torch import nn
 
-from surgery.algebra.scalars import Scalars
+from surgery.algebra.scalars import Scalars, literal
 from surgery.arguments import Link, without_told
 from surgery.artifact import CONFIG
 from surgery.check import Arguments, resolve
@@ -405,7 +405,7 @@ class _Import:
             default = None if a.default is None else Scalars(known)(a.default)
             known[a.name] = values[a.name]
             if a.default is None or default != values[a.name]:
-                given.append(f"{a.name}={_literal(values[a.name])}")
+                given.append(f"{a.name}={literal(values[a.name])}")
         return f"{method.name}({', '.join(given)})"
 
     def _by_path(self) -> Iterator[str]:
@@ -417,15 +417,3 @@ class _Import:
             chosen = " | ".join(named(path).selector for path in paths)
             tie = self.clauses.tie(paths)
             yield f"match {chosen} apply {self._call(arguments)} {tie} expect {len(paths)}"
-
-
-def _literal(value: object) -> str:
-    match value:
-        case bool():
-            return str(value).lower()
-        case str():
-            return f'"{value}"'
-        case None:
-            return "null"
-        case _:
-            return repr(value)

@@ -16,7 +16,7 @@ from torch import nn
 
 from surgery.errors import Report
 from surgery.mapping.fields import ConfigFile
-from surgery.mapping.seats import Joint, Times, joint_of, whole
+from surgery.mapping.seats import Joint, Times, joint_of
 from surgery.model.candidates import candidates
 from surgery.model.holder import parameters_of
 from surgery.model.inventory import Entry, Inventory, joined, survey
@@ -116,7 +116,7 @@ def _parameters(
 ) -> Iterator[Named]:
     """The matrices that some parameters of a module are (E516 for one that is none)."""
     entry = inventory.entries[index]
-    found = {c.at.parameter: c for c in candidates(index, inventory) if whole(c.at)}
+    found = {c.at.parameter: c for c in candidates(index, inventory) if c.at.whole}
     for name in names:
         one, path = found.get(name), joined(entry.path, name)
         if one is None or one.kind is None:

@@ -16,7 +16,6 @@ from surgery.arguments import Arguments
 from surgery.mapping.spelling import Dialect
 from surgery.model.holder import ADAPTERS, children_of, parameters_of
 from surgery.model.layers import base_class, qualified_name
-from surgery.model.parts import ParameterSlice
 from surgery.planned import PlannedSite
 
 Times = tuple[tuple[str, int], ...]
@@ -84,11 +83,6 @@ class Seat:
     tensor: str = ""
 
 
-def whole(at: ParameterSlice) -> bool:
-    """Whether a slice is all of a parameter."""
-    return at.whole
-
-
 def seats_of(sites: Sequence[PlannedSite], dialect: Dialect) -> tuple[Seat, ...]:
     """The seat of each site of one adapter."""
     rows = _Rows(sites, dialect)
@@ -107,7 +101,7 @@ class _Rows:
         self.tables = [site.site.owner for site in sites if site.site.at.picked]
         self.inside = dialect.rows is not None and len(self.tables) < len(sites)
         for site in sites:
-            if not site.site.at.tensor and whole(site.site.at):
+            if not site.site.at.tensor and site.site.at.whole:
                 modules[site.site.owner] = site.site.module
                 self.around.setdefault(site.site.owner, []).append(site.site.at.parameter)
         for path, names in self.around.items():
@@ -125,7 +119,7 @@ class _Rows:
             return self._of_copy(owner, site)
         names = self.around.get(owner, [])
         # The last of a module's parameters stands outermost, and its keys have no added name.
-        depth = len(names) - 1 - names.index(at.parameter) if whole(at) else 0
+        depth = len(names) - 1 - names.index(at.parameter) if at.whole else 0
         module = self._module(owner, depth)
         parent, _, child = owner.rpartition(".")
         joint = self.joints.get(owner)

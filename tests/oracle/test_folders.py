@@ -14,13 +14,12 @@ import peft
 import pytest
 import torch
 from peft.tuners.lora.config import KasaConfig
-from small_models import TOKENS, bert, gpt2, llama
+from small_models import TOKENS, bert, gpt2, llama, llama_config
 from support import moved
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
-    LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
     MixtralModel,
@@ -117,17 +116,7 @@ def mixtral() -> nn.Module:
 
 
 def causal(tied: bool = False) -> nn.Module:
-    config = LlamaConfig(
-        vocab_size=13,
-        hidden_size=12,
-        intermediate_size=30,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        attention_bias=True,
-        tie_word_embeddings=tied,
-    )
-    return made(lambda: LlamaForCausalLM(config))
+    return made(lambda: LlamaForCausalLM(llama_config(tie_word_embeddings=tied)))
 
 
 def output(model: nn.Module) -> Tensor:
