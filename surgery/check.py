@@ -84,6 +84,11 @@ class Resolved:
         return self.names.params
 
 
+def unstated(adapter: str, span: Span) -> Resolved:
+    """A spec without statements, for an adapter whose sites are given one by one."""
+    return Resolved(ast.Spec((), span=span), Library.standard(), Names({}, {}), ((adapter, ()),))
+
+
 def resolve(spec: ast.Spec, library: Library, values: Values | None = None) -> Resolved:
     """Check a spec and give its names their values. Raises DefinitionError with all findings."""
     report = Report()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from surgery import low_rank, materialize
 from surgery.algebra.scalars import did_you_mean
 from surgery.artifact import Loaded, SaveReport, check_tensors, load_artifact, save_adapter
+from surgery.check import unstated
 from surgery.errors import Report, refuse
 from surgery.language.library import Library
 from surgery.mapping import Reason, peft_config
@@ -236,7 +237,7 @@ def _changed(opened: _Opened, model: nn.Module, to: str, rank: int | None) -> _O
     assignments = tuple(_assignments(opened, aim, products))
     unchanged = tuple(path for path, one in products.items() if not one.rank)
     plan = plan_assignments(
-        low_rank.resolved_as(opened.loaded.adapter, aim.method.span),
+        unstated(opened.loaded.adapter, aim.method.span),
         model,
         assignments,
         opened.loaded.adapter,

@@ -23,10 +23,9 @@ from surgery.algebra.rules import is_zero
 from surgery.algebra.scalars import Scalars, typed
 from surgery.algebra.sums import difference
 from surgery.arguments import Arguments, Link
-from surgery.check import Names, Resolved
-from surgery.errors import Span, SurgeryError
+from surgery.check import unstated
+from surgery.errors import SurgeryError
 from surgery.language import syntax as ast
-from surgery.language.library import Library
 from surgery.model import storage
 from surgery.plan import Assignment, plan_assignments
 from surgery.planned import PlannedSite, SiteClass
@@ -215,7 +214,7 @@ def _probe(method: ast.Method, argument: str, rank: int) -> PlannedSite | None:
     try:
         link = Link(method, _filled(method, {argument: rank}))
         made = plan_assignments(
-            resolved_as("probe", method.span),
+            unstated("probe", method.span),
             nn.Sequential(nn.Linear(_IN, _OUT, device="cpu")),
             [Assignment("0", (link,), method.span)],
             "probe",
@@ -245,12 +244,6 @@ def _scale(found: Target, rank: int) -> float | None:
 
 
 _SAME = 1e-12
-
-
-def resolved_as(adapter: str, span: Span) -> Resolved:
-    """A spec without statements, for an adapter whose sites are stated one by one."""
-    spec = ast.Spec((), span=span)
-    return Resolved(spec, Library.standard(), Names({}, {}), ((adapter, ()),))
 
 
 def _filled(method: ast.Method, given: Mapping[str, object]) -> Arguments:

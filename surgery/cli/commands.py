@@ -24,7 +24,7 @@ from surgery.cli.inputs import (
     read_spec,
     title,
 )
-from surgery.cli.output import command, steps
+from surgery.cli.output import JsonOption, command, steps
 from surgery.errors import Diagnostic, SurgeryError, refuse
 
 if TYPE_CHECKING:
@@ -59,7 +59,6 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="The value of a `param`; may be repeated."),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout.")]
 SeedOption = Annotated[int, typer.Option(help="The seed of the random beginnings.")]
 TrustOption = Annotated[
     bool,

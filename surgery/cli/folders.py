@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from surgery.cli.inputs import check_output, read_model
-from surgery.cli.output import command, steps
+from surgery.cli.output import JsonOption, command, steps
 from surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ OutOption = Annotated[
     Path, typer.Option("--output", "-o", metavar="OUT", help="The folder to write, a new one.")
 ]
 TrustOption = Annotated[bool, typer.Option("--trust", help="Let MODEL run code (python:…).")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout.")]
 
 
 def convert(

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -15,6 +16,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from surgery.errors import Diagnostic, SurgeryError
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout.")]
 
 _STYLES = {"error": "bold red", "warning": "bold yellow"}
 

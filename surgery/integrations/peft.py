@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from surgery.arguments import Link
 from surgery.artifact import CONFIG, TENSORS, Loaded, taken
-from surgery.check import DEFAULT_ADAPTER, Arguments, Names, Resolved
+from surgery.check import DEFAULT_ADAPTER, Arguments, unstated
 from surgery.errors import Diagnostic, Report, Source, Span, refuse
 from surgery.integrations.clauses import targeted
 from surgery.integrations.peft_modules import (
@@ -82,7 +82,7 @@ def read_peft(directory: Path, model: nn.Module) -> Loaded:
     library = Library.standard()
     file, tables = trained_rows(config, file, model)
     if of_copies(config) or of_rows(config):
-        return _read_copies(config, file, model, library, tables)
+        return _read_copies(config, file, model, tables)
     base = _base_keys(file, model)
     copies = saved_modules(config, base, model) | tables
     passed = {k for k, shape in file.shapes.items() if not prod(shape)} | set(_doubled(file, base))
@@ -96,7 +96,7 @@ def read_peft(directory: Path, model: nn.Module) -> Loaded:
         *(Assignment(s.path, (Link(chosen.method, a),), span, s.at) for s, a in chosen.sites),
         *copies.values(),
     )
-    resolved = _resolved(config, library)
+    resolved = unstated(DEFAULT_ADAPTER, config.source)
     plan = plan_assignments(resolved, model, assignments, DEFAULT_ADAPTER)
     _check_meaning(chosen.fmt, plan)
     _check_base(file, model, base)
@@ -115,16 +115,10 @@ def _beside_nothing(fmt: ast.Format, empty: Iterable[str]) -> Iterator[str]:
             yield from (key.replace(name, beside, 1) for key in empty if name in key)
 
 
-def _resolved(config: ConfigFile, library: Library) -> Resolved:
-    spec = ast.Spec((), span=config.source)
-    return Resolved(spec, library, Names({}, {}), ((DEFAULT_ADAPTER, ()),))
-
-
 def _read_copies(
     config: ConfigFile,
     file: TensorFile,
     model: nn.Module,
-    library: Library,
     tables: dict[str, Assignment],
 ) -> Loaded:
     """An adapter that is copies of whole modules and nothing else. Raises as `read_peft` does.
@@ -139,7 +133,7 @@ def _read_copies(
         copies = copied_modules(config, base, model, INFORMATIVE)
     rest = {key: name for key, name in base.items() if name not in copies}
     _check_base(file, model, rest)
-    resolved, assignments = _resolved(config, library), tuple(copies.values())
+    resolved, assignments = unstated(DEFAULT_ADAPTER, config.source), tuple(copies.values())
     plan = plan_assignments(resolved, model, assignments, DEFAULT_ADAPTER)
     mapping = mapping_of(plan)
     tensors = taken(mapping, marked_keys(mapping, file), NAME, rest)
