@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -22,6 +26,14 @@ def called(call: str) -> tuple[ast.Method, Arguments]:
     method = Library.standard().method(application.method)
     assert method is not None
     return method, arguments(application, method, Names({}, {}))
+
+
+@contextmanager
+def soon(seconds: float = 20) -> Generator[None]:
+    """Processor time, with room for a busy machine: what grows too fast takes minutes."""
+    begun = time.process_time()
+    yield
+    assert time.process_time() - begun < seconds
 
 
 def moved(compiled: surgery.Compiled, adapter: str | None = None) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import pytest
 import torch
+from support import soon
 from torch import Tensor, nn
 
 import surgery
@@ -88,10 +88,8 @@ def model() -> Iterator[Model]:
 
 def refused(spec: str | Path, model: nn.Module, **given: Any) -> SurgeryError:
     """What `compile` raises; every finding has a code and says what to do or where it is."""
-    started = time.perf_counter()
-    with pytest.raises(SurgeryError) as caught:
+    with soon(), pytest.raises(SurgeryError) as caught:
         surgery.compile(spec, model, **given)
-    assert time.perf_counter() - started < 2
     for found in caught.value.diagnostics:
         assert found.code
         assert found.message

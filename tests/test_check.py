@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support import soon
 
 from surgery.algebra.axes import Size
 from surgery.check import Names, Resolved, findings, resolve, site_dependent
@@ -280,10 +280,9 @@ def test_names_of_a_site_come_first_and_lets_follow_it() -> None:
 
 def test_a_let_is_evaluated_once_and_a_long_chain_soon() -> None:
     chain = "let a0 = 1 " + " ".join(f"let a{i + 1} = (a{i} + a{i}) / 2" for i in range(900))
-    start = time.perf_counter()
-    names = resolved(f"{chain} match /q/ apply lora(r = a900)").names
-    assert names["a900"] == 1
-    assert time.perf_counter() - start < 15
+    with soon():
+        names = resolved(f"{chain} match /q/ apply lora(r = a900)").names
+        assert names["a900"] == 1
 
 
 def test_an_argument_depends_on_the_site_if_it_mentions_it() -> None:
@@ -340,13 +339,12 @@ def test_no_mutation_raises_anything_but_a_surgery_error(seed: int, count: int) 
     for _ in range(count):
         at = rng.randrange(len(words))
         words[at] = rng.choice([rng.choice(PIECES), rng.choice(words), "", words[at][::-1]])
-    start = time.perf_counter()
-    try:
-        shown = [str(one) for one in found(" ".join(words))]
-    except SurgeryError as error:
-        shown = [str(one) for one in error.diagnostics]
+    with soon():
+        try:
+            shown = [str(one) for one in found(" ".join(words))]
+        except SurgeryError as error:
+            shown = [str(one) for one in error.diagnostics]
     assert all(one.startswith(("error[E1", "error[E0")) for one in shown)
-    assert time.perf_counter() - start < 3
 
 
 @pytest.mark.parametrize(
@@ -375,6 +373,5 @@ def test_the_valid_one_is_valid() -> None:
 
 def test_a_spec_of_mistakes_alone_is_done_soon() -> None:
     text = "\n".join(f"match /q/ apply lora(r = x{i})" for i in range(800))
-    start = time.perf_counter()
-    assert 100 <= len(found(text)) < 110
-    assert time.perf_counter() - start < 10
+    with soon():
+        assert 100 <= len(found(text)) < 110

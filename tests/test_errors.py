@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pickle
-import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support import soon
 
 from surgery.errors import (
     ArtifactError,
@@ -139,11 +139,10 @@ def test_a_report_raises_everything_together_and_nothing_twice() -> None:
 def test_ten_thousand_findings_are_kept_and_some_are_shown() -> None:
     source = Source("s", "x\n" * 10_000)
     report = Report()
-    start = time.perf_counter()
-    for at in range(10_000):
-        report.error("E003", "m", Span(source, 2 * at, 2 * at + 1))
-    error = error_of(report.found)
-    assert time.perf_counter() - start < 2
+    with soon():
+        for at in range(10_000):
+            report.error("E003", "m", Span(source, 2 * at, 2 * at + 1))
+        error = error_of(report.found)
     assert len(error.diagnostics) == 10_000
     assert str(error).endswith("and 9970 more")
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from support import soon
 from torch import nn
 
 import surgery
@@ -70,14 +71,14 @@ def test_plans_grow_with_the_model_and_no_faster(
     assert len(surgery.plan(spec, models[1]).sites) == 11_520
     quarter, whole = (best(lambda m=m: surgery.plan(spec, m)) for m in models)
     assert whole < 2 * GENEROUS
-    assert whole < 6 * quarter
+    assert whole < 10 * quarter  # in square it would be 16
 
 
 def test_a_plan_is_shown_as_fast_as_it_is_made(models: tuple[Mixture, Mixture]) -> None:
     small, large = (surgery.plan(SPEC, model) for model in models)
     for show in (str, Plan.as_json):
         quarter, whole = (best(lambda p=p, s=show: s(p)) for p in (small, large))
-        assert whole < 6 * quarter
+        assert whole < 10 * quarter  # in square it would be 16
         assert whole < GENEROUS
 
 
@@ -87,10 +88,8 @@ def test_a_misspelt_clause_beside_a_valid_one_is_found_at_once() -> None:
         "match gate in layers[*] apply lora(r=4)\nmatch upp in layers[*] apply lora(r=4)\n",
         "my.peft",
     )
-    begun = time.process_time()
-    with pytest.raises(SelectionError) as caught:
+    with soon(), pytest.raises(SelectionError) as caught:
         surgery.plan(spec, model)
-    assert time.process_time() - begun < 2
     (found,) = caught.value.diagnostics
     assert "my.peft:2:7" in str(found)
     assert "did you mean `up`?" in found.label
