@@ -42,7 +42,7 @@ from surgery.model.holder import shared_name
 from surgery.model.parts import WHOLE
 from surgery.plan import Assignment, plan_assignments
 from surgery.planned import Plan, PlannedSite, SiteClass
-from surgery.remade import with_remade
+from surgery.remade import unlike_drawn, with_remade
 from surgery.store import (
     TensorFile,
     Writer,
@@ -61,7 +61,9 @@ SPEC = "adapter.peft"
 MAPPING = "mapping.json"
 INVERSE = "inverse.json"
 
-_FILES = (TENSORS, CONFIG, SPEC, MAPPING, INVERSE)
+FILES = (TENSORS, CONFIG, SPEC, MAPPING, INVERSE)
+"""All that a folder of an adapter is made of."""
+
 _FOREIGN = "surgery.integrations.peft"
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9_.]+")
@@ -125,6 +127,8 @@ def save_adapter(
     mapping = mapping_of(plan, formats=formats).of_adapter(adapter)
     form = NATIVE if isinstance(foreign, Reason) else foreign.format.name
     reason = foreign.text if isinstance(foreign, Reason) else ""
+    if not reason:
+        reason = _not_drawn(plan, mapping, tensors, form, bool(config))
     if not reason and not config:
         reason = mapping.obstacle(tensors, form)
     if reason:
@@ -140,8 +144,19 @@ def save_adapter(
     }
     if isinstance(foreign, ForeignConfig):
         files[CONFIG] = json_writer(foreign.values)
-    written = write_directory(directory, files, owned=_FILES)
+    written = write_directory(directory, files, owned=FILES)
     return SaveReport(written, reason)
+
+
+def _not_drawn(
+    plan: Plan, mapping: StateDictMapping, tensors: Mapping[str, Tensor], form: str, asked: bool
+) -> str:
+    """Why what a form leaves out for its seed is needed, if it is (E518 where that was asked)."""
+    name = unlike_drawn(plan, mapping, tensors, form)
+    reason = f"`{name}` is not what its seed draws here, and {form} would not have it"
+    if name and asked:
+        refuse("E518", reason, hint="save it with its tensors, or in the native form")
+    return reason if name else ""
 
 
 def _sites(plan: Plan, adapter: str) -> list[PlannedSite]:

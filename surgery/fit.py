@@ -112,6 +112,8 @@ def _demands(equations: Equations) -> Iterator[_Demand]:
             yield _whole(length, 1, p.span)
         if isinstance(p.beginning, Random) and p.beginning.distribution in PAIRS:
             yield _whole(_places_left(p, p.beginning), 0, p.span)
+        if isinstance(p.beginning, Random) and p.beginning.after is not None:
+            yield _passed(p.beginning.after, p.span)
         if isinstance(p.beginning, Expr):
             yield from _within(p.beginning, p.span)
     for root in (equations.weight, equations.bias, equations.input, equations.output):
@@ -142,6 +144,11 @@ def _whole(value: Size, least: int, where: Span | None) -> _Demand:
     return _Demand(value, lambda v: isinstance(v, int) and v >= least, "not a whole size", where)
 
 
+def _passed(value: Size, where: Span | None) -> _Demand:
+    least = f"no number of draws from 0 to {_MOST_PASSED}"
+    return _Demand(value, lambda v: isinstance(v, int) and 0 <= v <= _MOST_PASSED, least, where)
+
+
 def _finite(value: Size, where: Span | None) -> _Demand:
     return _Demand(value, math.isfinite, "no number", where)
 
@@ -161,6 +168,8 @@ def _nearest_fit(form: SiteClass, link: Link, length: Size) -> str:
     wanted = [f"{n}={' or '.join(map(str, sorted(v)))}" for n, v in fits.items() if v]
     return f"the nearest that fit: {', '.join(wanted)}" if wanted else f"make {length} whole"
 
+
+_MOST_PASSED = 1 << 32  # of a generator, which is a matter of seconds
 
 _FEW, _MANY = 64, 2048
 """How far from a value, and from 1, others are tried: by equations for each, or by one for all."""

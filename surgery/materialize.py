@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import cast
 
@@ -16,17 +16,17 @@ from surgery.algebra.bases import COMMON, basis_of
 from surgery.algebra.beginnings import draw, drawn_again, stream
 from surgery.algebra.cost import numbers
 from surgery.algebra.derive import parameters_in
-from surgery.algebra.equations import Parameter, Random
+from surgery.algebra.equations import Parameter, Random, drawn_after
 from surgery.algebra.expr import BIAS, WEIGHT, Expr, depends_on
 from surgery.algebra.interpret import Domain, Evaluator
 from surgery.algebra.observed import SIGHTS
 from surgery.algebra.rules import constant
 from surgery.model.endings import layer_number
-from surgery.model.holder import parameters_of
+from surgery.model.holder import parameters_of, shared_name
 from surgery.model.hooked import execution_device
 from surgery.model.parts import ParameterSlice
 from surgery.model.storage import laid_out_like, read, read_bias, stored
-from surgery.plan import PlannedSite, SharedParameter, SiteClass
+from surgery.plan import Plan, PlannedSite, SharedParameter, SiteClass
 
 Given = Callable[[Parameter], "Tensor | None"]
 
@@ -96,7 +96,7 @@ def _matrix_tensors(
         elif p.name in form.lying and p.beginning is WEIGHT and device.type != "meta":
             value = _copied(module, at, form.dtype)
         else:
-            value = _begin(p, form, device, (seed, site.adapter, path), values)
+            value = _begin(p, site, device, (seed, site.adapter, path), values)
         made[p.name] = placed(value, device, form.dtype_of(p))
     return made
 
@@ -126,7 +126,8 @@ def shared_tensor(
         return torch.empty(shared.shape, dtype=shared.dtype, device=device)
     if isinstance(p.beginning, Random):
         names = (seed, shared.adapter, shared.method)
-        return _drawn(p.beginning, p.name, shared.shape, names).to(device, shared.dtype)
+        told = (shared.after, shared.base)
+        return _drawn(p.beginning, p.name, shared.shape, names, told).to(device, shared.dtype)
     if p.beginning.op == COMMON:
         return _in_common(shared, p.beginning, sites).to(device, shared.dtype)
     value = evaluate(constant(p.beginning), {})
@@ -158,16 +159,18 @@ def _applies(site: PlannedSite, method: str) -> bool:
 
 def _begin(
     p: Parameter,
-    form: SiteClass,
+    site: PlannedSite,
     device: torch.device,
     names: tuple[str | int, ...],
     values: Evaluator,
 ) -> Tensor:
+    form = site.form
     shape = _shape(p, form)
     if device.type == "meta":
         return torch.empty(shape, dtype=form.dtype_of(p), device=device)
     if isinstance(p.beginning, Random):
-        return _drawn(p.beginning, p.of or p.name, shape, names)
+        told = (drawn_after(p.beginning, form.names), site.site.dtype)
+        return _drawn(p.beginning, p.of or p.name, shape, names, told)
     if p.beginning.op == "number":
         value = evaluate(constant(p.beginning), form.names)
         return torch.full(shape, value, dtype=form.dtype, device=device)
@@ -191,12 +194,37 @@ def _copied(module: nn.Module, at: ParameterSlice, dtype: torch.dtype) -> Tensor
 
 
 def _drawn(
-    beginning: Random, name: str, shape: tuple[int, ...], names: tuple[str | int, ...]
+    beginning: Random,
+    name: str,
+    shape: tuple[int, ...],
+    names: tuple[str | int, ...],
+    told: tuple[int | None, torch.dtype],
 ) -> Tensor:
-    arguments = dict(beginning.arguments)
-    if beginning.seed is not None:
-        return drawn_again(beginning.distribution, arguments, shape, beginning.seed, name)
-    return draw(beginning.distribution, arguments, shape, stream(*names, name))
+    """told: how much is drawn before, and the dtype of the base, which others round it to."""
+    arguments, (after, base) = dict(beginning.arguments), told
+    if beginning.seed is None:
+        return draw(beginning.distribution, arguments, shape, stream(*names, name))
+    found = drawn_again(beginning.distribution, arguments, shape, beginning.seed, name, after)
+    keeps = after is None or beginning.whole or not base.is_floating_point or base.itemsize < 2
+    return found if keeps else found.to(base)
+
+
+def redrawn(plan: Plan, names: Set[str]) -> Iterator[tuple[str, Tensor]]:
+    """Of some parameters, by adapted names, those that have a seed, as that says them."""
+    for shared in plan.shared:
+        name = shared_name(shared.adapter, plan.groups[shared.key], shared.parameter.name)
+        if name in names and isinstance(shared.parameter.beginning, Random):
+            yield name, shared_tensor(shared, 0, torch.device("cpu"))
+    for site in plan.sites:
+        for p in site.form.parameters:
+            if site.adapted(p.name) in names and isinstance(p.beginning, Random):
+                yield site.adapted(p.name), _of_seed(p, p.beginning, site)
+
+
+def _of_seed(p: Parameter, beginning: Random, site: PlannedSite) -> Tensor:
+    told = (drawn_after(beginning, site.form.names), site.site.dtype)
+    one = _drawn(beginning, p.of or p.name, _shape(p, site.form), (), told)
+    return one if site.site.batch is None else torch.stack([one] * site.site.batch)
 
 
 class Leaves:

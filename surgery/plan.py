@@ -18,7 +18,7 @@ from surgery.algebra import scalars
 from surgery.algebra.axes import evaluate
 from surgery.algebra.compose import Unchained, composed
 from surgery.algebra.derive import derive
-from surgery.algebra.equations import Equations, Parameter, Random
+from surgery.algebra.equations import Equations, Parameter, Random, drawn_after
 from surgery.algebra.filters import Filter, asks
 from surgery.arguments import (
     Arguments,
@@ -75,13 +75,11 @@ def _planned(
 ) -> Plan:
     shared = tuple(_shared(sites, report))
     _check_names(sites, report)
-    base = {id(p): p for p in inventory.parameters()}
     made = Plan(
         resolved,
         sites,
         shared,
-        sum(p.numel() for p in base.values()),
-        sum(p.numel() * p.element_size() for p in base.values()),
+        *inventory.counted(),
         tuple(report.found),
     )
     _check_budget(made, report)
@@ -339,7 +337,8 @@ def adapter_dtype(base: torch.dtype) -> torch.dtype:
 
 
 def _shape_of(site: Site) -> tuple[object, ...]:
-    site_form = (site.kind.name, site.sizes, site.geometry, site.has_bias, site.dtype)
+    kind = (site.kind.name, site.kind.packed)
+    site_form = (*kind, site.sizes, site.geometry, site.has_bias, site.dtype)
     return (*site_form, site.at, site.batch, site.shape, site.mode)
 
 
@@ -365,12 +364,18 @@ def _shared(sites: Iterable[PlannedSite], report: Report) -> Iterator[SharedPara
             names.update({n: max(v, names.get(n, v)) for n, v in form.sizes.names.items()})
             shape = _shape_for(p, form.shapes[p.name], names)
             declared = replace(p, name=p.declared_name, declared="", link=0)
-            one = SharedParameter(*key[:3], declared, shape, form.dtype_of(p), site.site.device)
+            at = site.site
+            dtypes = (form.dtype_of(p), at.device, at.dtype)
+            one = SharedParameter(*key[:3], declared, shape, *dtypes, _after(p, names))
             before = found.get(key)
             if before is not None:
                 _check_alike(before, one, site, report)
-            found[key] = one if before is None else _larger(before, shape)
+            found[key] = one if before is None else _larger(before, one)
     yield from found.values()
+
+
+def _after(p: Parameter, names: Mapping[str, int]) -> int | None:
+    return drawn_after(p.beginning, names) if isinstance(p.beginning, Random) else None
 
 
 def _check_alike(
@@ -399,17 +404,9 @@ def _shape_for(p: Parameter, own: tuple[int, ...], largest: Mapping[str, int]) -
     return tuple(max(o, a) if isinstance(a, int) else o for o, a in zip(own, asked, strict=True))
 
 
-def _larger(shared: SharedParameter, shape: tuple[int, ...]) -> SharedParameter:
-    both = tuple(map(max, shared.shape, shape))
-    return SharedParameter(
-        shared.adapter,
-        shared.method,
-        shared.arguments,
-        shared.parameter,
-        both,
-        shared.dtype,
-        shared.device,
-    )
+def _larger(shared: SharedParameter, one: SharedParameter) -> SharedParameter:
+    both = tuple(map(max, shared.shape, one.shape))
+    return replace(shared, shape=both, after=one.after)
 
 
 def _check_names(sites: Iterable[PlannedSite], report: Report) -> None:

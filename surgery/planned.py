@@ -60,6 +60,8 @@ class SharedParameter:
     """A parameter of all applications of a method with equal arguments in one adapter.
 
     shape: the largest that any of its sites asks for, in elements.
+    base: the dtype of the weight of the first of them.
+    after: where it goes on with the stream of others, how many numbers these take.
     """
 
     adapter: str
@@ -69,6 +71,8 @@ class SharedParameter:
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    base: torch.dtype
+    after: int | None = None
 
     @property
     def key(self) -> SharedKey:

@@ -1,7 +1,8 @@
-"""What a folder leaves out because the base says it, made again where other tensors depend on it.
+"""What a folder leaves out because the base or a seed says it, made again where that is asked.
 
-A file whose tensors are in pieces by a parameter that it lacks is read rightly only if that is here
-what it was there; so it is made while the folder is read, and held against all that the file tells.
+What has a seed is drawn again before it is left out, and compared. A file whose tensors are in
+pieces by a parameter that it lacks is read rightly only if that is here what it was there; so it is
+made while the folder is read, and held against all that the file tells.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from surgery.errors import Report
 from surgery.mapping import StateDictMapping
 from surgery.mapping.keys import Row
 from surgery.mapping.pieces import Several, pieces_of, sizes_of
-from surgery.materialize import site_tensors
+from surgery.materialize import redrawn, site_tensors
 from surgery.planned import Plan, PlannedSite
 from surgery.store import TensorFile
 
@@ -43,6 +45,21 @@ def with_remade(
             _Remade(site, found, file, form).complete(sorted(cut, key=_narrow), report)
     report.stop()
     return found
+
+
+def unlike_drawn(
+    plan: Plan, mapping: StateDictMapping, tensors: Mapping[str, Tensor], form: str
+) -> str:
+    """A tensor, by its adapted name, that a form has no key for and its seed says otherwise; or "".
+
+    mapping: of one adapter.
+    """
+    left = {r.adapted for r in mapping.rows if r.redrawn and r.key(form) is None}
+    for name, again in redrawn(plan, left & tensors.keys()):
+        tensor = tensors[name].detach()
+        if not tensor.is_meta and not torch.equal(again.to(tensor.dtype), tensor.cpu()):
+            return name
+    return ""
 
 
 def _pieces(row: Row, form: str) -> Several | None:

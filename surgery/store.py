@@ -210,10 +210,20 @@ def tensors_writer(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -
         ready[name] = plain
 
     def write(path: Path) -> None:
-        import safetensors.torch as files
+        from safetensors import TensorSpec, serialize
 
-        # `save_file` would make the file readable for its owner alone, whatever the umask says.
-        path.write_bytes(files.save(ready, {"format": "pt", **metadata}))
+        # The library's own `save_file` asks for NumPy, and makes the file readable for its owner
+        # alone, whatever the umask says.
+        specs = {
+            name: TensorSpec(
+                dtype=str(tensor.dtype).removeprefix("torch."),
+                shape=list(tensor.shape),
+                data_ptr=tensor.data_ptr(),
+                data_len=tensor.numel() * tensor.element_size(),
+            )
+            for name, tensor in ready.items()
+        }
+        path.write_bytes(serialize(specs, {"format": "pt", **metadata}))
 
     return write
 

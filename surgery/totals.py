@@ -1,6 +1,7 @@
 """Arguments that are told: by the sizes of all sites, in the model's order, or by a site's path.
 
-`n' = total(m)` and `n' = before(m)` are sums over sites, `name' = ending()` is the end of a path.
+`n' = total(m)` and `n' = before(m)` are sums over sites, `n' = place()` counts those before one,
+and `name' = ending()` is the end of a path.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from surgery.algebra.axes import Size, evaluate, names_in
-from surgery.algebra.equations import Equations
+from surgery.algebra.equations import Equations, Total
 from surgery.algebra.scalars import typed
 from surgery.arguments import Arguments, Link, told, without_told
 from surgery.fit import equations_at
@@ -29,9 +30,10 @@ class _Counting:
     equations: Equations
     arguments: Arguments
 
-    def key(self, site: PlannedSite) -> Key:
+    def key(self, site: PlannedSite, total: Total) -> Key:
         """Whose sites it counts."""
-        return site.adapter, site.form.links[self.number].method.name, self.arguments
+        arguments = () if total.every else self.arguments
+        return site.adapter, site.form.links[self.number].method.name, arguments
 
 
 def with_totals(
@@ -50,7 +52,7 @@ def with_totals(
     for site in sorted((s for s in sites if counting[id(s.form)]), key=place):
         for one in counting[id(site.form)]:
             for total in one.equations.totals:
-                at = (one.key(site), total.name)
+                at = (one.key(site, total), total.name)
                 before[id(site), one.number, total.name] = sums.get(at, 0)
                 sums[at] = sums.get(at, 0) + evaluate(total.term, site.form.names)
     for site in sites:
@@ -59,7 +61,7 @@ def with_totals(
             known = {
                 t.name: before[id(site), one.number, t.name]
                 if t.before
-                else sums[one.key(site), t.name]
+                else sums[one.key(site, t), t.name]
                 for t in one.equations.totals
             }
             names = {**site.form.names, **known}

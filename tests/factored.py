@@ -54,6 +54,9 @@ def _turned(v: Tensor, one: Tensor, a: Arguments) -> Tensor:
     q = q - q.t()
     if not a["use_cayley_neumann"]:
         return (one + q) @ cast(Tensor, untyped.linalg.inv(one - q))
+    if a["cayley_neumann_eps"]:
+        eps = torch.tensor(a["cayley_neumann_eps"], dtype=torch.float64)
+        q = q * eps / torch.maximum(cast(Tensor, untyped.linalg.norm(q)), eps)
     terms = 4 if a["num_cayley_neumann_terms"] == 3 else a["num_cayley_neumann_terms"]
     total, power = one, one
     for k in range(1, terms):

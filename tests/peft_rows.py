@@ -75,7 +75,7 @@ ROWS = (
         (
             {"r": 5},
             {"r": 7, "d_initial": 0.5, "projection_prng_key": 3},
-            {"r": 26, "init_weights": False},
+            {"r": 26, "init_weights": False, "save_projection": False},
         ),
     ),
     Row(
@@ -306,7 +306,7 @@ ROWS = (
         peft.PsoftConfig,
         ("qwen", "convnext"),  # elsewhere singular values are near, and peft's rounding is seen
         (
-            {"r": 4},
+            {"r": 4, "use_cayley_neumann": True, "cayley_neumann_eps": 0.1},
             {"r": 5, "psoft_alpha": 3, "ab_svd_init": "pissa_init", "psoft_mag_a": False},
             {"r": 3, "psoft_orth": False, "psoft_mag_b": False, "psoft_dropout": 0.2},
         ),

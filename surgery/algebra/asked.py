@@ -79,12 +79,14 @@ class Asking(Tensors):
         return self._shared(expr, vector, None)
 
     def total(self, expr: ast.Call) -> Size:
-        """`total(n)`, `before(n)`: the sum of n over all sites, or over those before this one."""
-        (term,) = self._given(expr, 1, f"{expr.function}(n)")
+        """`total(n)`, `before(n)`, `place()`: the sum of n over all sites, or those before this."""
+        every = expr.function == "place"
+        term = self._given(expr, 0 if every else 1, f"{expr.function}({'' if every else 'n'})")
         self._check_changing(expr)
         # No name of a method has a space in it.
         name = f"{expr.function} {len(self.totals) + 1}"
-        self.totals.append(Total(name, self.size(term), expr.function == "before"))
+        counted = size(1) if every else self.size(term[0])
+        self.totals.append(Total(name, counted, expr.function != "total", every))
         return size(symbol(name))
 
     def ending(self, expr: ast.Call) -> object:
@@ -124,7 +126,7 @@ class Asking(Tensors):
 
     def _given(self, expr: ast.Call, count: int, form: str) -> tuple[ast.Expression, ...]:
         if len(expr.arguments) != count or expr.keywords:
-            wanted = "one argument" if count == 1 else f"{count} arguments"
+            wanted = ("no arguments", "one argument", f"{count} arguments")[min(count, 2)]
             refuse("E104", f"{expr.function}() takes {wanted}", expr.span, hint=f"write {form}")
         return expr.arguments
 

@@ -16,8 +16,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from surgery.errors import refuse
+
 WHOLE = torch.int32
 """The dtype of parameters that are whole numbers, whatever that of the others is."""
+
+AFTER = "after"
+"""The argument by which a seed is that of torch's own generator: how much it has drawn before."""
 
 _LARGEST = 1e30  # float32 ends at 3e38, and a bound is multiplied by a root
 
@@ -30,7 +35,8 @@ class Distribution:
     elements of one slice of the first axis, as torch counts it. `order`, if given, names two
     arguments of which the first may not be above the second, and `least` what some may not be
     below. `told`: all arguments must be given, and a seed is the generator's own, as others draw
-    the same. `whole`: what is drawn are whole numbers, as int32.
+    the same. `whole`: what is drawn are whole numbers, as int32. `dealt`: of a deck that is not
+    torch's, so that nothing is drawn before it.
     """
 
     arguments: Mapping[str, float]
@@ -39,6 +45,12 @@ class Distribution:
     least: Mapping[str, float] = field(default_factory=dict[str, float])
     told: bool = False
     whole: bool = False
+    dealt: bool = False
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The names of all that can be said of a draw."""
+        return (*self.arguments, "seed", *(() if self.dealt else (AFTER,)))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -71,7 +83,8 @@ def _normal(t: Tensor, generator: torch.Generator, mean: float, std: float) -> T
 
 
 def _kaiming_uniform(t: Tensor, generator: torch.Generator, a: float) -> Tensor:
-    bound = math.sqrt(6 / ((1 + a * a) * _fan_in(t)))
+    # In torch's order, so that the numbers are torch's to the last bit.
+    bound = math.sqrt(3) * (math.sqrt(2 / (1 + a * a)) / math.sqrt(_fan_in(t)))
     return t.uniform_(-bound, bound, generator=generator)
 
 
@@ -93,6 +106,12 @@ def _xavier_uniform(t: Tensor, generator: torch.Generator, gain: float) -> Tenso
 
 def _xavier_normal(t: Tensor, generator: torch.Generator, gain: float) -> Tensor:
     return t.normal_(0, gain * math.sqrt(2 / (_fan_in(t) + t.shape[0])), generator=generator)
+
+
+def _standard_uniform(t: Tensor, generator: torch.Generator) -> Tensor:
+    bound = 1 / math.sqrt(t.shape[-1])
+    coarse = torch.empty(t.shape, dtype=torch.bfloat16).uniform_(-bound, bound, generator=generator)
+    return t.copy_(coarse / coarse.std())
 
 
 def _places(t: Tensor, generator: torch.Generator, rows: float, columns: float) -> Tensor:
@@ -125,10 +144,13 @@ def _tally(t: Tensor, generator: torch.Generator, cards: float) -> Tensor:
 def _deck(numbers: int, cards: int, seed: int) -> Tensor:
     """Cards with the numbers from 0 on, each as often as another or once more, as numpy shuffles.
 
-    Read from numpy 2: its default generator chooses what is there once more, and shuffles.
+    Read from numpy 2: its default generator chooses what is there once more, and shuffles. Raises
+    ArtifactError (E525) where it is not installed.
     """
-    import numpy
-
+    try:
+        import numpy
+    except ImportError:
+        refuse("E525", "dealing numbers as NumPy does needs NumPy", hint="pip install numpy")
     generator = numpy.random.default_rng(seed)
     deck = numpy.repeat(numpy.arange(numbers), cards // numbers)
     if cards % numbers:
@@ -155,6 +177,7 @@ DISTRIBUTIONS: Mapping[str, Distribution] = {
     "kaiming_normal": Distribution({"a": 0.0}, _kaiming_normal),
     "xavier_uniform": Distribution({"gain": 1.0}, _xavier_uniform, least={"gain": 0}),
     "xavier_normal": Distribution({"gain": 1.0}, _xavier_normal, least={"gain": 0}),
+    "standard_uniform": Distribution({}, _standard_uniform),
     PLACES: Distribution(
         {"rows": 0.0, "columns": 0.0},
         _places,
@@ -171,8 +194,9 @@ DISTRIBUTIONS: Mapping[str, Distribution] = {
         least={"numbers": 1, "cards": 1, "first": 0},
         told=True,
         whole=True,
+        dealt=True,
     ),
-    "tally": Distribution({"cards": 1.0}, _tally, least={"cards": 1}, told=True),
+    "tally": Distribution({"cards": 1.0}, _tally, least={"cards": 1}, told=True, dealt=True),
 }
 
 
@@ -195,11 +219,23 @@ def draw(
 
 
 def drawn_again(
-    distribution: str, arguments: Mapping[str, float], shape: tuple[int, ...], seed: int, name: str
+    distribution: str,
+    arguments: Mapping[str, float],
+    shape: tuple[int, ...],
+    seed: int,
+    name: str,
+    after: int | None = None,
 ) -> Tensor:
-    """A tensor that its seed alone determines, whatever it belongs to."""
+    """A tensor that its seed alone determines, whatever it belongs to.
+
+    after: how many numbers of 32 bits torch's generator of that seed has drawn before; None where
+    each name has a stream of its own.
+    """
+    if after is not None:
+        return draw(distribution, arguments, shape, _later(seed, after))
     if DISTRIBUTIONS[distribution].told:
-        return _placed(distribution, tuple(arguments.items()), shape, seed)
+        # A copy, for it becomes a parameter, and whoever writes to that must not change the next.
+        return _placed(distribution, tuple(arguments.items()), shape, seed).clone()
     return draw(distribution, arguments, shape, stream(seed, name))
 
 
@@ -207,5 +243,15 @@ def drawn_again(
 def _placed(
     distribution: str, arguments: tuple[tuple[str, float], ...], shape: tuple[int, ...], seed: int
 ) -> Tensor:
+    return draw(distribution, dict(arguments), shape, _later(seed, 0))
+
+
+def _later(seed: int, count: int) -> torch.Generator:
+    """Torch's generator of a seed after so many numbers, of which one of float32 takes 32 bits."""
     generator = torch.Generator().manual_seed(seed)
-    return draw(distribution, dict(arguments), shape, generator)
+    for start in range(0, count, _AT_ONCE):
+        torch.empty(min(_AT_ONCE, count - start)).uniform_(generator=generator)
+    return generator
+
+
+_AT_ONCE = 1 << 22  # 16 MB

@@ -7,7 +7,7 @@ from typing import cast
 from surgery.algebra import scalars
 from surgery.algebra.axes import Size, names_in, size
 from surgery.algebra.bases import COMMON
-from surgery.algebra.beginnings import PAIRS
+from surgery.algebra.beginnings import AFTER, PAIRS, Distribution
 from surgery.algebra.equations import SIZES, Parameter, Random
 from surgery.algebra.expr import WEIGHT, Expr
 from surgery.algebra.rules import constant
@@ -20,6 +20,21 @@ def of_all_sites(value: Expr) -> bool:
     if value.op == COMMON:
         return value.args == (WEIGHT,) and not names_in(cast(Size, value.attr("ridge"))) & {*SIZES}
     return value.op == "number" and not names_in(constant(value)) & SIZES.keys()
+
+
+def check_draw(call: ast.Call, row: Distribution) -> None:
+    """Refuse a draw that does not name its arguments, or not all that it needs (E104)."""
+    if call.arguments:
+        message = f"the arguments of {call.function}() have names"
+        refuse("E104", message, call.arguments[0].span, hint=f"it has: {', '.join(row.named)}")
+    given = {k.name: k for k in call.keywords}
+    missing = [n for n in row.arguments if row.told and n not in given]
+    if missing:
+        message = f"{call.function}() needs all its arguments"
+        refuse("E104", message, call.span, hint=f"say {', '.join(f'{n} = …' for n in missing)}")
+    if AFTER in given and "seed" not in given:
+        message = f"`{AFTER}` is of the generator of a seed, and there is none"
+        refuse("E104", message, given[AFTER].span, hint=f"say seed = …, or leave {AFTER} out")
 
 
 def check_whole(item: ast.Declaration, p: Parameter) -> None:

@@ -16,8 +16,8 @@ from surgery.algebra import scalars
 from surgery.algebra.asked import Asking
 from surgery.algebra.axes import Size, evaluate, names_in
 from surgery.algebra.bases import COMMON
-from surgery.algebra.beginnings import DISTRIBUTIONS, Distribution
-from surgery.algebra.declared import check_whole, of_all_sites, positive
+from surgery.algebra.beginnings import AFTER, DISTRIBUTIONS, Distribution
+from surgery.algebra.declared import check_draw, check_whole, of_all_sites, positive
 from surgery.algebra.equations import ENDING, RESERVED, SIZES, TARGETS, Equations, Parameter, Random
 from surgery.algebra.expr import (
     BIAS,
@@ -334,23 +334,10 @@ class Elaborator(Asking):
         row = DISTRIBUTIONS.get(call.function)
         if row is None:
             unknown_name(call.function, call.span, DISTRIBUTIONS, noun="distribution")
-        if call.arguments:
-            refuse(
-                "E104",
-                f"the arguments of {call.function}() have names",
-                call.arguments[0].span,
-                hint=f"it has: {', '.join([*row.arguments, 'seed'])}",
-            )
+        check_draw(call, row)
         values = {k.name: self._draw_argument(k, row, shared) for k in call.keywords}
-        missing = [n for n in row.arguments if row.told and n not in values]
-        if missing:
-            refuse(
-                "E104",
-                f"{call.function}() needs all its arguments",
-                call.span,
-                hint=f"say {', '.join(f'{n} = …' for n in missing)}",
-            )
-        known = {n: v for n, v in values.items() if v is not None}
+        after = values.pop(AFTER, None)
+        known = {n: v for n, v in values.items() if isinstance(v, int | float)}
         seed = known.pop("seed", None)
         objection = row.objection({**row.arguments, **known})
         if objection:
@@ -360,16 +347,19 @@ class Elaborator(Asking):
             tuple(sorted(known.items())),
             None if seed is None else int(seed),
             row.whole,
+            after if isinstance(after, Size) else None,
         )
 
     def _draw_argument(
         self, keyword: ast.Keyword, row: Distribution, shared: bool
-    ) -> int | float | None:
-        """The value of an argument; None while it is a symbol."""
+    ) -> int | float | Size | None:
+        """The value of an argument; None while it is a symbol, which `after` may stay."""
         name, place = keyword.name, keyword.value.span
-        if name not in row.arguments and name != "seed":
-            unknown_name(name, keyword.span, [*row.arguments, "seed"], "argument")
+        if name not in row.named:
+            unknown_name(name, keyword.span, row.named, "argument")
         value = self.size(keyword.value)
+        if name == AFTER:
+            return value
         if shared and not row.told and names_in(value) & SIZES.keys():
             refuse(
                 "E123",

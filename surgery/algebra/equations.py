@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from surgery.algebra.axes import Size
+from surgery.algebra.axes import Size, evaluate
 from surgery.algebra.expr import (
     BIAS,
     CHANNELS,
@@ -29,8 +29,8 @@ FACTS: Mapping[str, Open] = {
 }
 """What conditions may ask of a site beside its sizes: whether its layer adds a bias, its kind."""
 
-COUNTS = ("before", "total")
-"""`before(n)`, `total(n)`: sums over the sites of a method; see `Total`."""
+COUNTS = ("before", "place", "total")
+"""`before(n)`, `total(n)`: sums over the sites of a method; `place()`: how many are before one."""
 
 ENDING = "ending"
 """`ending()`: a text, the end of the site's path; see `Equations`."""
@@ -54,19 +54,28 @@ TARGETS: Mapping[str, tuple[str, Shape]] = {
 class Random:
     """A random beginning: a distribution with its arguments; with a `seed` it can be redrawn.
 
-    whole: whether whole numbers are drawn.
+    whole: whether whole numbers are drawn. after: how many numbers of 32 bits torch's generator of
+    the seed has drawn before, in the largest sizes of all that share it; None where a seed and a
+    name have a stream of their own.
     """
 
     distribution: str
     arguments: tuple[tuple[str, float], ...]
     seed: int | None = None
     whole: bool = False
+    after: Size | None = None
 
     def __str__(self) -> str:
         """As a method writes it."""
         seed = () if self.seed is None else (("seed", self.seed),)
-        given = ", ".join(f"{name}={value:g}" for name, value in (*self.arguments, *seed))
+        said = [f"{name}={value:g}" for name, value in (*self.arguments, *seed)]
+        given = ", ".join([*said, *(() if self.after is None else (f"after={self.after}",))])
         return f"{self.distribution}({given})"
+
+
+def drawn_after(beginning: Random, names: Mapping[str, int | float]) -> int | None:
+    """How much the generator of a draw has drawn before, in these sizes."""
+    return None if beginning.after is None else int(evaluate(beginning.after, names))
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,12 +141,14 @@ class Share:
 class Total:
     """A number that the sizes of all sites tell; in equations it is a symbol.
 
-    It is the sum of `term` over all sites of the method, or over those before this one alone.
+    It is the sum of `term` over all sites of the method with equal arguments, or over those before
+    this one alone; `every`: over those of whatever arguments.
     """
 
     name: str
     term: Size
     before: bool
+    every: bool = False
 
 
 @dataclass(frozen=True, slots=True)

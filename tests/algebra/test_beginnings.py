@@ -75,6 +75,7 @@ SPREADS: list[tuple[str, Mapping[str, float], float, float]] = [
     ("kaiming_normal", {}, 0.0, math.sqrt(2 / FAN_IN)),
     ("xavier_uniform", {"gain": 2}, 0.0, 2 * math.sqrt(2 / (FAN_IN + FAN_OUT))),
     ("xavier_normal", {}, 0.0, math.sqrt(2 / (FAN_IN + FAN_OUT))),
+    ("standard_uniform", {}, 0.0, 1.0),
 ]
 
 

@@ -424,7 +424,7 @@ CASES: Mapping[str, Needs] = {
     'bdlora(r=4, nblocks=2, blocks="A", dropout=0.3)': Needs(2, 2),
     'bdlora(r=6, nblocks=3, blocks="B", alpha=5, rslora=true)': Needs(3, 3),
     "bdlora(r=3)": Needs(),
-    "psoft(r=2, dropout=0.3)": Needs(2, 2),
+    "psoft(r=3, use_cayley_neumann=true, cayley_neumann_eps=0.2, dropout=0.3)": Needs(3, 3),
     'psoft(r=2, ab_svd_init="pissa_init", mag_b=false, use_cayley_neumann=true)': Needs(2, 2),
     "psoft(r=2, orth=false, mag_a=false)": Needs(2, 2),
     "frod(sparse_rate=0.4, dropout=0.3)": Needs(),

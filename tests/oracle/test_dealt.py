@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +12,7 @@ import peft
 import pytest
 import torch
 from small_models import TOKENS, gpt2, llama
+from support import bits
 from torch import Tensor, nn
 
 import surgery
@@ -93,6 +95,21 @@ def test_two_groups_of_arguments_are_no_folder_of_pefts(tmp_path: Path) -> None:
     compiled = surgery.compile(spec, llama())
     assert "`r` is one for all sites" in compiled.save(tmp_path).peft
     assert torch.equal(output(surgery.attach(tmp_path, llama()).model), output(compiled.model))
+
+
+def test_without_numpy_it_is_said_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = llama()
+    before = bits(model)
+    plain = surgery.compile("match q_proj apply lora(r=2)", llama())
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    with pytest.raises(surgery.SurgeryError, match="E525"):
+        surgery.compile("match q_proj apply unilora(r=2, proj_seed=77)", model)
+    with pytest.raises(surgery.SurgeryError, match="E525"):
+        plain.save(tmp_path / "plain")
+    assert bits(model) == before
+    assert not (tmp_path / "plain").exists()
 
 
 def test_a_config_is_imported_without_what_is_told(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any, cast
 import peft
 import pytest
 import torch
+from peft.tuners.lora.config import KasaConfig
 from small_models import ARCHITECTURES, fresh
 from support import bits, moved
 from torch import Tensor, nn
@@ -303,6 +304,35 @@ def test_the_series_of_a_rotation_turns_the_other_way(tmp_path: Path) -> None:
 # --------------------------------------------------------------------- what is saved and beginnings
 
 
+def test_the_name_of_one_adapter_hides_nothing_of_another(tmp_path: Path) -> None:
+    """peft looks for the others' names anywhere in a key: one called `0` takes the first layer."""
+    it = ARCHITECTURES["llama"]
+    config = peft.LoraConfig(r=2, target_modules=[it.query], init_lora_weights=False)
+    theirs = hf.get_peft_model(fresh("llama"), config, adapter_name="one").eval()
+    expected = it.output(theirs)
+    theirs.add_adapter("0", config)
+    theirs.save_pretrained(str(tmp_path / "theirs"), selected_adapters=["one"])
+    kept = read_tensors(tmp_path / "theirs" / "one" / "adapter_model.safetensors").shapes
+    assert not [key for key in kept if ".layers.0." in key]
+
+    names = ("one", "layers", it.query, "default", "A", "shared")
+    spec = "\n".join(f"adapter {n} {{ match {it.query} apply lora(r=2, alpha=8) }}" for n in names)
+    ours = surgery.compile(f"{spec}\nactivate one", fresh("llama"))
+    held = dict(theirs.base_model.model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in ours.parameters("one").items():
+            tensor.copy_(held[f"{name.partition('.surgery')[0]}.lora_{name[-1]}.one.weight"])
+    close(it.output(ours.model), expected)
+    for name in names:
+        assert ours.save(tmp_path / name, name).peft == ""
+        file = read_tensors(tmp_path / name / "adapter_model.safetensors")
+        assert len(file.shapes) == len(ours.parameters(name))
+    again = hf.PeftModel.from_pretrained(fresh("llama"), str(tmp_path / "one")).eval()
+    close(it.output(again), expected)
+    with pytest.raises(surgery.SurgeryError, match="E0"):
+        surgery.parse("adapter 0 { match q_proj apply lora() }")
+
+
 def test_bases_that_all_sites_share_are_saved_once(tmp_path: Path) -> None:
     config = peft.RandLoraConfig(r=3, target_modules=["0", "2"])
     theirs = hf.get_peft_model(dense(), config)
@@ -319,6 +349,17 @@ def test_bases_that_all_sites_share_are_saved_once(tmp_path: Path) -> None:
     }
     assert len(keys["theirs"]) == 6
     assert keys["ours"] == {"base_model.randlora_A", "base_model.randlora_B"}
+    moved(ours)
+    whole(ours, dense())
+
+
+def test_what_is_nothing_is_saved_dense_and_is_nothing(tmp_path: Path) -> None:
+    nothing: dict[str, Any] = {"config_A_B": "none", "config_C": "none", "config_D_E": "none"}
+    config = peft.GloraConfig(r=3, target_modules=["0", "2"], **nothing)
+    hf.get_peft_model(dense(), config).save_pretrained(str(tmp_path))
+    zeros = [s for s in read_tensors(tmp_path / "adapter_model.safetensors").shapes.values()]
+    assert (30, 12) in zeros
+    whole(surgery.attach(tmp_path, dense()), dense(), seen(dense()))
 
 
 def test_a_beginning_that_no_folder_tells_is_refused_where_peft_reads_another(
@@ -366,6 +407,12 @@ BEGINNINGS: dict[str, tuple[Any, str]] = {
         peft.VBLoRAConfig(r=3, num_vectors=7, vector_length=6),
         "vblora(r=3, num_vectors=7, vector_length=6, init_vector_bank_bound=0.4)",
     ),
+    "a dealt vector": (
+        peft.UniLoraConfig(r=3, theta_d_length=11, init_theta_d_bound=0.5),
+        "unilora(r=3, theta_d_length=11, init_theta_d_bound=0.5)",
+    ),
+    "a base without its least parts": (peft.LoraConfig(r=3, kasa_config=KasaConfig()), "kasa(r=3)"),
+    "a projection": (peft.DeftConfig(r=3, para=True), "deft(r=3, para=true)"),
 }
 
 

@@ -160,6 +160,18 @@ def test_a_kernel_of_one_place_in_two_of_three_axes_merges(tmp_path: Path) -> No
     whole(surgery.attach(tmp_path, deep()), deep(), forward)
 
 
+def test_a_factor_that_is_whole_is_one_of_a_kronecker_product(tmp_path: Path) -> None:
+    """peft multiplies the kernel's axis with the wrong one, in its forward and its merge."""
+    config = peft.LoKrConfig(r=8, target_modules=["0"], init_weights=False)
+    hf.get_peft_model(narrow(), config).save_pretrained(str(tmp_path))
+    with pytest.raises(surgery.SurgeryError):
+        surgery.attach(tmp_path, narrow())
+    ours = surgery.compile("match * apply lokr(r=8)", narrow())
+    moved(ours)
+    far(seen(ours.model), seen(narrow()))
+    whole(ours, narrow())
+
+
 def test_a_core_of_one_rank_is_a_kronecker_product_too() -> None:
     config = peft.LoKrConfig(r=1, use_effective_conv2d=True, target_modules=["0"])
     theirs = hf.get_peft_model(narrow(), config)

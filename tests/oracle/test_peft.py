@@ -384,12 +384,10 @@ def test_a_module_to_save_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 REFUSED: tuple[tuple[Any, dict[str, Any], str], ...] = (
-    (peft.VeraConfig, {"save_projection": False}, "`save_projection` is false: the projections"),
     (peft.PolyConfig, {}, 'peft_type "POLY" is not known'),
 )
 
 
-@pytest.mark.filterwarnings("ignore:Specified to not save vera:UserWarning")
 @pytest.mark.filterwarnings("ignore:Adapter 'default'. 2 LoRA tensor:UserWarning")
 @pytest.mark.parametrize(("kind", "options", "message"), REFUSED)
 def test_what_would_compute_something_else_is_refused(

@@ -334,7 +334,6 @@ def test_places_stay_whole_whatever_the_adapter_is_cast_to() -> None:
 REFUSED: tuple[tuple[Any, dict[str, Any], str], ...] = (
     (peft.WaveFTConfig, {"n_frequency": 5, "wavelet_family": "db2"}, '`wavelet_family` is "db2"'),
     (peft.WaveFTConfig, {"n_frequency": 5, "proportional_parameters": True}, "how many places"),
-    (peft.RandLoraConfig, {"r": 3, "save_projection": False}, "`save_projection` is false"),
 )
 
 
