@@ -240,7 +240,7 @@ def invert(weight: Expr) -> Inverse:
         undo = OPS[expr.op].undo
         assert undo is not None
         for part in beside:
-            witnesses[part] = _witness(len(witnesses), part)
+            witnesses[part] = witness_leaf(f"witness{len(witnesses)}", part)
         target = undo(make, substitute(expr, _only_beside(expr, index, witnesses)), index, target)
         if target is None:
             return Inverse(None)
@@ -267,8 +267,9 @@ def _only_beside(expr: Expr, index: int, witnesses: Mapping[Expr, Expr]) -> dict
     return {part: witness for part, witness in witnesses.items() if part in others}
 
 
-def _witness(number: int, part: Expr) -> Expr:
-    return node("witness", (), part.shape, (("name", f"witness{number}"),))
+def witness_leaf(name: str, part: Expr) -> Expr:
+    """What stands in an inverse for a part that a merge keeps."""
+    return node("witness", (), part.shape, (("name", name),))
 
 
 def parameters_in(expr: Expr) -> frozenset[str]:

@@ -12,8 +12,10 @@ from typing import Literal, Protocol, cast
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.weak import WeakIdKeyDictionary
 
 from surgery.algebra.applying import Vector
+from surgery.algebra.arranged import arranged
 from surgery.algebra.axes import Scalar, evaluate
 from surgery.algebra.chance import drawn, dropped
 from surgery.algebra.cost import apply_cost, cheapest, numbers, value_cost
@@ -31,8 +33,9 @@ from surgery.algebra.expr import (
     number,
     walk,
 )
-from surgery.algebra.observed import LEAVES
+from surgery.algebra.observed import LEAVES as SEEN
 from surgery.algebra.ops import OPS, through
+from surgery.algebra.reproducible import BITS
 from surgery.algebra.rules import constant, make, substitute
 from surgery.algebra.sums import difference, vanishes
 from surgery.algebra.values import Facts
@@ -83,20 +86,29 @@ class Domain:
 
 
 _MOST_STEPS = 5000
-_LEAVES = frozenset({"parameter", "weight", "bias", "merged", "witness", *LEAVES})
+LEAVES = frozenset({"parameter", "weight", "bias", "merged", "witness", *SEEN})
+"""The operators without arguments whose values a domain has."""
 
 
 class Evaluator:
     """Dense values, each computed once, in the cheapest order."""
 
-    def __init__(self, domain: Domain) -> None:
-        """Evaluate with what a domain offers."""
+    def __init__(self, domain: Domain, reproducible: bool = False, bits: int = BITS) -> None:
+        """Evaluate with what a domain offers; `reproducible` in the same bits on any machine.
+
+        bits: of the operands of such products, see `reproducible.product`.
+        """
         self.domain = domain
+        self.reproducible = reproducible
+        self.bits = bits
         self._values: dict[Expr, Tensor] = {}
         self._cost = value_cost(domain.names)
+        self._kept = WeakIdKeyDictionary()
 
     def value(self, expr: Expr) -> Tensor:
         """The value of an expression without activations."""
+        if self.reproducible:
+            return self._value(arranged(expr, self.domain.names))
         return self._value(cheapest(expr, self._cost))
 
     def _value(self, expr: Expr) -> Tensor:
@@ -105,7 +117,7 @@ class Evaluator:
         return self._values[expr]
 
     def _compute(self, expr: Expr) -> Tensor:
-        if expr.op in _LEAVES:
+        if expr.op in LEAVES:
             return self.domain.leaf(expr)
         if expr.op == "number":
             # A Python number takes part in arithmetic as a tensor would, and keeps the dtype.
@@ -114,7 +126,12 @@ class Evaluator:
         arguments = [self._value(a) for a in expr.args]
         if not op.numbers:
             arguments = [self._filled(a) for a in arguments]
-        return op.value(self.facts(expr), *arguments)
+        return self.rule(expr)(self.facts(expr), *arguments)
+
+    def rule(self, expr: Expr) -> Callable[..., Tensor]:
+        """What makes the value of an operator of its arguments."""
+        op = OPS[expr.op]
+        return op.exact if self.reproducible and op.exact is not None else op.value
 
     def _filled(self, value: object) -> Tensor:
         """A number as a tensor, for what takes nothing else."""
@@ -136,6 +153,8 @@ class Evaluator:
             dict(expr.attrs),
             self.domain.anchor() if needs_anchor else cast(Tensor, None),
             plain,
+            self.bits,
+            self._kept,
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -15,6 +15,8 @@ from surgery.algebra import (
     bases,
     chance,
     clustered,
+    cuts,
+    reproducible,
     rotations,
     rounding,
     shapes,
@@ -156,6 +158,8 @@ class Op:
     apply_work: multiplications a token of `apply` itself, from the same sizes.
     begins: whether it stands in beginnings alone, being no work for a forward.
     times: the constant that says how often `work` is done; "" for once.
+    cut: what a part of the value is made of; None where it needs all arguments whole, see `cuts`.
+    exact: a value of the same bits on any machine; None where there is none, see `reproducible`.
     """
 
     name: str
@@ -171,6 +175,8 @@ class Op:
     apply_work: Work = _rows
     begins: bool = False
     times: str = ""
+    cut: cuts.Rule | None = None
+    exact: ValueRule | None = None
 
 
 def _elementwise(name: str, function: Callable[[Tensor], Tensor]) -> Op:
@@ -404,7 +410,12 @@ _ROWS: tuple[Op, ...] = (
     Op("topk", shapes.topk, values.topk, spelled=("tensor", "k"), work=_all_elements),
 )
 
-OPS: Mapping[str, Op] = {row.name: row for row in _ROWS}
+OPS: Mapping[str, Op] = {
+    row.name: replace(
+        row, cut=cuts.CUTS.get(row.name), exact=reproducible.exact(row.name, row.value)
+    )
+    for row in _ROWS
+}
 
 
 def through(expr: Expr) -> tuple[int, ...] | None:

@@ -35,6 +35,8 @@ class Facts:
     attrs: Mapping[str, Attribute]
     anchor: Tensor  # of the dtype and device to make constants in
     number: Callable[[Scalar], int | float]
+    bits: int = 54  # of operands of products that are reproducible
+    kept: object = None  # where these find what they have made of operands before
 
     def integer(self, name: str) -> int:
         """A constant that is a whole size."""
