@@ -174,7 +174,7 @@ class Allocation:
             adapter.name,
             self._tensors(kept),
             adapter.seed,
-            base_digests(require_state(self.model), iter(sites)),
+            base_digests(self.model, iter(sites)),
             model=self.model,
         )
 

@@ -165,7 +165,7 @@ def _open(directory: Path, model: nn.Module) -> _Opened:
     loaded = load_artifact(directory, model)
     plan = _plan(loaded, model)
     check_tensors(plan, loaded)
-    tensors = {**loaded.tensors, **_shared_again(plan, loaded)}
+    tensors = {**loaded.tensors, **shared_again(plan, loaded)}
     loaded = replace(loaded, tensors=tensors)
     report = Report()
     for site in plan.sites:
@@ -174,7 +174,7 @@ def _open(directory: Path, model: nn.Module) -> _Opened:
             report.error("E523", f"`{lacking}` of `{site.path}` is made of the base", hint=_WEIGHTS)
     report.stop()
     for site in plan.sites:
-        made = _tensors_at(site, plan, loaded) if _lacking(site, loaded) else {}
+        made = tensors_at(site, plan, loaded) if _lacking(site, loaded) else {}
         own = {site.adapted(p.name): p.name for p in site.form.parameters if not p.shared}
         tensors |= {a: made[n] for a, n in own.items() if a not in tensors and n in made}
     return _Opened(replace(loaded, tensors=tensors), plan)
@@ -193,7 +193,7 @@ def _lacking(site: PlannedSite, loaded: Loaded) -> str:
     return next((name for name in own if site.adapted(name) not in loaded.tensors), "")
 
 
-def _shared_again(plan: Plan, loaded: Loaded) -> dict[str, Tensor]:
+def shared_again(plan: Plan, loaded: Loaded) -> dict[str, Tensor]:
     """What sites share and the file does not have, drawn again by its seed."""
     found: dict[str, Tensor] = {}
     for shared in plan.shared:
@@ -204,7 +204,7 @@ def _shared_again(plan: Plan, loaded: Loaded) -> dict[str, Tensor]:
     return found
 
 
-def _tensors_at(site: PlannedSite, plan: Plan, loaded: Loaded) -> dict[str, Tensor]:
+def tensors_at(site: PlannedSite, plan: Plan, loaded: Loaded) -> dict[str, Tensor]:
     """The parameters of a site by their names, shared ones cut to what it uses."""
     given: dict[str, Tensor] = {}
     for p in site.form.parameters:
@@ -231,7 +231,7 @@ def _changed(opened: _Opened, model: nn.Module, to: str, rank: int | None) -> _O
     matrices = tuple(s for s in opened.plan.sites if not s.site.at.tensor)
     _check(matrices, rank)
     products = {
-        site.path: low_rank.product(site, _tensors_at(site, opened.plan, opened.loaded), rank)
+        site.path: low_rank.product(site, tensors_at(site, opened.plan, opened.loaded), rank)
         for site in matrices
     }
     assignments = tuple(_assignments(opened, aim, products))

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from surgery.algebra.expr import WEIGHT, depends_on
 from surgery.errors import refuse
+from surgery.inverse import tensors_at
+from surgery.merged import MergedSite, base_parameter
 from surgery.model.storage import matrix_of, read
 from surgery.planned import PlannedSite
-from surgery.state import MergedSite, State
+from surgery.state import State, require_state
 
 MOST = 2**20
 """Elements: 2 MiB in 16 bits, which SHA-256 takes 1.5 to 4 ms for."""
@@ -39,10 +42,14 @@ class Digest:
 
 def digest(matrix: Tensor, dtype: torch.dtype | None = None) -> Digest:
     """The digest of a weight [out, in], read as another dtype if one is given."""
-    dtype = dtype or matrix.dtype
+    return digest_of(_sample(matrix.detach()), tuple(matrix.shape), dtype or matrix.dtype)
+
+
+def digest_of(rows: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Digest:
+    """The digest of a weight of a shape, of its rows that are `picked`."""
     name = str(dtype).removeprefix("torch.")
-    rows = _sample(matrix.detach()).cpu().to(dtype).contiguous()
-    found = hashlib.sha256(f"{name} {list(matrix.shape)} ".encode())
+    rows = rows.cpu().to(dtype).contiguous()
+    found = hashlib.sha256(f"{name} {list(shape)} ".encode())
     # The bytes where they lie: `Tensor.numpy` would ask for a package that is not needed otherwise.
     count = rows.numel() * rows.element_size()
     found.update((ctypes.c_char * count).from_address(rows.data_ptr()) if count else b"")
@@ -50,32 +57,37 @@ def digest(matrix: Tensor, dtype: torch.dtype | None = None) -> Digest:
 
 
 def _sample(matrix: Tensor) -> Tensor:
-    """The rows that are digested; which they are depends on the shape alone."""
-    if matrix.numel() <= MOST:
-        return matrix
-    rows = matrix.shape[0]
-    count = min(rows, max(2, MOST * rows // matrix.numel()))
-    picked = torch.arange(count, device=matrix.device) * (rows - 1) // (count - 1)
-    return matrix.index_select(0, picked)
+    rows = picked(tuple(matrix.shape))
+    return matrix if rows is None else matrix.index_select(0, rows.to(matrix.device))
+
+
+def picked(shape: tuple[int, ...]) -> Tensor | None:
+    """The rows that are digested, which depend on the shape alone; None for all of them."""
+    if prod(shape) <= MOST:
+        return None
+    count = min(shape[0], max(2, MOST * shape[0] // prod(shape)))
+    return torch.arange(count) * (shape[0] - 1) // (count - 1)
 
 
 # ---------------------------------------------------------------------------------- of a base
 
 
-def base_digests(state: State, sites: Iterable[PlannedSite]) -> dict[str, Digest]:
+def base_digests(model: nn.Module, sites: Iterable[PlannedSite]) -> dict[str, Digest]:
     """The digest of the base's own weight at each site, by path; merged weights are not the base's.
 
     A site is left out where that weight is not there to be read: on meta, or after a merge that
     did not keep it; and where W' is not made of W, as of a head that is drawn anew at each load.
     """
-    kept = {_parameter(m.site): m for m in state.merged.values() if m.weight is not None}
-    merged = {_parameter(m.site) for m in state.merged.values()}
+    state = require_state(model)
+    merged: dict[tuple[int, str], list[MergedSite]] = {}
+    for one in state.merged.values():
+        merged.setdefault(_parameter(one.site), []).append(one)
     found: dict[str, Digest] = {}
     for site in sites:
-        own = _parameter(site)
-        changed = own in merged and state.undo != "exact"
-        weight = None if changed or not _reads_base(site) else _base_weight(site, kept.get(own))
-        if weight is not None:
+        group = merged.get(_parameter(site), [])
+        kept = not group or state.options.undo == "exact"
+        weight = _base_weight(model, state, site, group) if kept and _reads_base(site) else None
+        if weight is not None and not weight.is_meta:
             found[site.path] = digest(weight)
     return found
 
@@ -89,22 +101,23 @@ def _parameter(site: PlannedSite) -> tuple[int, str]:
     return id(site.site.module), site.site.at.parameter
 
 
-def _base_weight(site: PlannedSite, merged: MergedSite | None) -> Tensor | None:
-    if merged is None or merged.weight is None:
-        matrix = read(site.site.module, site.form.kind, site.site.at)
-    else:
-        stored = merged.weight.tensor()
-        matrix = None if stored is None else matrix_of(site.form.kind, site.site.at, stored)
-    return None if matrix is None or matrix.is_meta else matrix
+def _base_weight(
+    model: nn.Module, state: State, site: PlannedSite, group: Sequence[MergedSite]
+) -> Tensor | None:
+    if not group:
+        return read(site.site.module, site.form.kind, site.site.at)
+    stored = base_parameter(group, lambda one: tensors_at(model, state, one))
+    return None if stored is None else matrix_of(site.form.kind, site.site.at, stored)
 
 
 def check_base(sites: Iterable[PlannedSite], stated: Mapping[str, Digest], where: str) -> None:
     """Whether an adapter was made on these very weights. Raises ArtifactError (E522) if not.
 
     A weight is compared as the dtype that is stated, so a base may be loaded wider than it was.
-    What has no digest, or no data yet (meta), is not compared.
+    What has no digest, or no data yet (meta), is not compared, nor is what is quantised.
     """
-    compared = [(s, stated[s.path]) for s in sites if s.path in stated]
+    found = [s for s in sites if not s.form.kind.packed]
+    compared = [(s, stated[s.path]) for s in found if s.path in stated]
     others = [(s, d) for s, d in compared if not _agrees(s, d)]
     if not others:
         return

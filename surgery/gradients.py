@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from surgery.algebra.equations import Parameter
 from surgery.algebra.expr import Expr
-from surgery.inverse import shared_tensor_of
+from surgery.located import shared_tensor_of
 from surgery.mount import parameter_of
 from surgery.planned import PlannedSite
 from surgery.runtime import Compiled

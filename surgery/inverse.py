@@ -1,42 +1,60 @@
 """Merge, unmerge and unload: the adapter into the weights, out of them, and off the model.
 
 A merge evaluates the very equation that the forward runs, in float64, and rounds once. It never
-writes into a base tensor: the exact undo gives the same tensors back.
+writes into a base tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
-import torch
 from torch import Tensor, nn
 
-from surgery.algebra.derive import Merged
-from surgery.algebra.equations import Parameter
-from surgery.algebra.expr import WEIGHT, Expr
-from surgery.algebra.interpret import Domain, Evaluator
-from surgery.algebra.rules import is_zero
+from surgery.algebra.expr import MERGED
 from surgery.errors import Report, refuse
+from surgery.live import Live, Then, added, single
+from surgery.located import parameters_at
 from surgery.lower import by_module
+from surgery.merge_report import MergeReport
+from surgery.merged import (
+    NOBODY,
+    MergedSite,
+    Options,
+    Undo,
+    base_matrix,
+    by_arithmetic,
+    held,
+    install,
+    is_edited,
+    is_told_otherwise,
+    merge_site,
+    put_back,
+    reported,
+    restore,
+    with_sums,
+    without_base,
+)
 from surgery.mixture import MixedSite, owned_parameters
 from surgery.model import storage, ties
-from surgery.model.holder import SHARED, children_of, holder_of, parameters_of
-from surgery.model.hooked import execution_device, release
+from surgery.model.hooked import release
 from surgery.model.inventory import Site
 from surgery.mount import (
     dismount,
     dismount_all,
     give_back,
     mount_all,
-    parameter_of,
     remove_parameters,
     set_requires_grad,
     unlink_follower,
 )
 from surgery.nodes import Lowerings
-from surgery.plan import Plan, PlannedSite
-from surgery.state import MergedSite, State, Undo, forget_state, require_state
+from surgery.plan import PlannedSite
+from surgery.precision import Round, Rounding
+from surgery.quantized import Quantized, check, merged_by, taken
+from surgery.state import State, forget_state, require_state
+from surgery.switching import chosen, make_live
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,50 +63,66 @@ class Inverse:
 
     model: nn.Module
 
-    def merge(self, *, undo: Undo = "exact") -> None:
+    def merge(
+        self,
+        adapter: str | None = None,
+        *,
+        undo: Undo = "exact",
+        round: Round = "nearest",
+        seed: int = 0,
+        max_rel_err: float | None = None,
+        allow_nonfinite: bool = False,
+        quantized: Quantized | None = None,
+    ) -> MergeReport:
         """Put what is live into the weights, so that the base's own forward computes it.
 
-        undo: `exact` keeps the base's tensors, and `unmerge` gives the same ones back; `algebraic`
-            keeps at most a vector a site, and `unmerge` recomputes W; `none` keeps nothing.
+        adapter: one by name, made live first; if others are merged already, it is added to them,
+            from the base's own weights.
+        undo: `exact` gives every bit of the base back, by corrections of what arithmetic gives
+            where that leads back, else by the base's own tensors; `algebraic` keeps at most a
+            vector a site, and `unmerge` recomputes W; `none` keeps nothing.
+        round: from float64 to the weight's dtype, once: to the `nearest`, or `stochastic` (a law of
+            chance whose mean is exact, drawn by `seed`).
+        max_rel_err: the largest rounding error of a site, as a share of its largest weight, that is
+            accepted. allow_nonfinite: go on where a merged weight is infinite or no number.
+        quantized: what becomes of quantised weights: `dequantize`, their layers become plain ones;
+            `requantize`, they are quantised again; `separate`, they keep running their adapters.
+        Gives what rounding lost and what is kept, site by site.
         Raises StateError, with nothing changed: E402 if merged already, E403 where an equation has
-        no merged weight, E404 on meta, E405 where an undo cannot be had.
+        no merged weight, E404 on meta, E405 where an undo cannot be had, E424 and E425 for
+        quantised weights, E428 to E431.
         """
         state = require_state(self.model)
-        # What is made of a bias is made of the trained one, where an adapter has a copy of it.
-        sites = tuple(sorted(state.sites, key=lambda s: not s.site.at.tensor))
-        _check_merge(state, sites, undo)
-        done: dict[str, MergedSite] = {}
-        try:
-            for site in sites:
-                merged = _merge_site(site, self._tensors(state, site), undo)
-                done[site.path] = _once(merged, done.values())
-        except BaseException:
-            for merged in reversed(done.values()):
-                _put_back(merged)
-            raise
-        if undo != "exact":  # until here the base was kept, for nothing to change if this fails
-            done = {path: replace(merged, weight=None) for path, merged in done.items()}
-        state.merged, state.is_merged, state.undo = done, True, undo
-        if any(site.site.tie == "untie" for site in sites):
-            state.untied = ties.untie(self.model)
-        dismount_all(self.model, (module for module, _ in _modules(state)))
+        options = Options(undo, round, seed, taken(self.model, quantized), state.shares)
+        accepted = _Accepted(max_rel_err, allow_nonfinite)
+        if adapter is None:
+            _check_merge(state, state.sites, options)
+            return self._put_in(state, options, accepted)
+        live = single(chosen(state, adapter).name)
+        if not state.is_merged:
+            return self._instead(state, live, options, accepted)
+        if adapter in state.live.adapters:
+            refuse("E402", f"`{adapter}` is merged already", hint="unmerge() takes it out again")
+        return self._instead(state, added(state.live, live), options, accepted)
 
-    def unmerge(self) -> None:
-        """Take the adapter out of the weights again; the forward runs it as before.
+    def unmerge(self, adapter: str | None = None) -> None:
+        """Take adapters out of the weights again; the forward runs them as before.
 
-        Raises StateError: E406 if nothing is merged, E407 if the merge kept nothing, E408 where
-        arithmetic does not lead back.
+        adapter: one of those that are merged, in whatever order they came; the others stay merged,
+            and it is no longer live. None for all of them.
+        Raises StateError, with the weights as they are: E406 if nothing is merged, or not this
+        adapter; E407 if the merge kept nothing, E408 where arithmetic does not lead back; E428 for
+        weights that were changed since, E429 where the base does not come out; E432 for an adapter
+        on which another was merged.
         """
         state = require_state(self.model)
         _check_unmerge(state)
-        if state.undo == "algebraic":
-            self._undo_by_arithmetic(state)
-        for merged in reversed(state.merged.values()):
-            _put_back(merged)
-        state.merged, state.is_merged = {}, False
-        ties.tie_again(state.untied)
-        state.untied = ()
-        mount_all(self.model, _modules(state))
+        if adapter is None or state.live.adapters == (adapter,):
+            self._take_out(state)
+            return
+        _check_out_of(state, adapter)
+        rest = state.live.within([name for name in state.live.adapters if name != adapter])
+        self._instead(state, rest, state.options, _ANYTHING)
 
     def unload(self, *, keep_merge: bool = False) -> nn.Module:
         """Take every adapter off the model, from any state; the base is as it was, to the bit.
@@ -112,15 +146,77 @@ class Inverse:
         forget_state(self.model)
         return self.model
 
-    def _undo_by_arithmetic(self, state: State) -> None:
+    # ------------------------------------------------------------------------------- in and out
+
+    def _put_in(self, state: State, options: Options, accepted: _Accepted) -> MergeReport:
+        # What is made of a bias is made of the trained one, where an adapter has a copy of it.
+        every = sorted(state.sites, key=lambda s: not s.site.at.tensor)
+        sites = merged_by(every, options.quantized)
+        done: dict[str, MergedSite] = {}
+        try:
+            for site in sites:
+                merged = merge_site(site, tensors_at(self.model, state, site), options)
+                done[site.path] = _once(merged, done.values())
+            report = reported(done.values())
+            accepted.check(report, sites)
+        except BaseException:
+            for merged in reversed([*done.values()]):
+                self._take_back(state, merged)
+            raise
+        # Until here the base was kept, to be put back.
+        kept = with_sums if options.undo == "exact" else without_base
+        done = {path: kept(merged) for path, merged in done.items()}
+        state.merged, state.is_merged, state.options = done, True, options
+        if any(site.site.tie == "untie" for site in sites):
+            state.untied = ties.untie(self.model)
+        dismount_all(self.model, (module for module, _ in by_module(sites, state.plans)))
+        return report
+
+    def _take_back(self, state: State, merged: MergedSite) -> bool:
+        """Give a site its base again; False, with nothing done, where it does not come out."""
+        if not merged.packed:
+            put_back(merged)
+            return True
+        kept = held(merged)
+        if kept is not None:
+            put_back(kept)
+            return True
+        base = base_matrix(merged, tensors_at(self.model, state, merged.site))
+        if base is not None:
+            restore(merged, base)
+        return base is not None
+
+    def _take_out(self, state: State) -> None:
+        """The base's weights are the model's again, and the forward runs what was merged."""
+        out = self._by_arithmetic if state.options.undo == "algebraic" else self._by_corrections
+        out(state)
+        state.merged, state.is_merged = {}, False
+        ties.tie_again(state.untied)
+        state.untied = ()
+        mount_all(self.model, _modules(state))
+
+    def _by_corrections(self, state: State) -> None:
+        _check_edited(state)
+        out: list[MergedSite] = []
+        try:
+            for merged in reversed([*state.merged.values()]):
+                if not self._take_back(state, merged):
+                    _refuse_base(merged, tensors_at(self.model, state, merged.site))
+                out.append(merged)
+        except BaseException:
+            for site in (merged.site for merged in reversed(out)):
+                # The same bits again, so what was kept of it leads back as before.
+                merge_site(site, tensors_at(self.model, state, site), state.options)
+            raise
+
+    def _by_arithmetic(self, state: State) -> None:
         solved: list[tuple[PlannedSite, Tensor]] = []
         for merged in state.merged.values():
             inverse = merged.site.form.derived.inverse.weight
-            if inverse is None or inverse.op == "merged":
+            if inverse is None or inverse is MERGED:
                 continue
-            tensors = _Tensors(merged.site, self._tensors(state, merged.site), merged.witnesses)
-            weight = tensors.evaluate(inverse)
-            if not bool(torch.isfinite(weight).all()):
+            weight = by_arithmetic(merged, tensors_at(self.model, state, merged.site))
+            if weight is None:
                 refuse(
                     "E408",
                     f"`{merged.site.path}`: arithmetic does not lead back from the merged weight",
@@ -132,59 +228,80 @@ class Inverse:
             for site, weight in solved:
                 kept = storage.detach_parameter(site.site.module, site.site.at, "weight")
                 done.append(MergedSite(site, weight=kept))
-                _write(site, weight)
+                install(site, weight)
         except BaseException:
             for merged in reversed(done):
-                _put_back(merged)
+                put_back(merged)
+            raise
+        for merged in reversed(state.merged.values()):
+            put_back(merged)
+
+    def _instead(
+        self, state: State, live: Live, options: Options, accepted: _Accepted
+    ) -> MergeReport:
+        """Merge something else than what is merged or live; if that fails, all is as it was."""
+        before, was_merged, with_options = state.live, state.is_merged, state.options
+        if was_merged:
+            self._take_out(state)
+        try:
+            make_live(self.model, state, live)
+            _check_merge(state, state.sites, options)
+            return self._put_in(state, options, accepted)
+        except BaseException:
+            make_live(self.model, state, before)
+            if was_merged:
+                self._put_in(state, with_options, _ANYTHING)
             raise
 
-    def _tensors(self, state: State, site: PlannedSite) -> Mapping[str, Tensor]:
-        if not isinstance(site, MixedSite):
-            return parameters_at(self.model, _plan(state, site), site)
-        every = {s.adapter: self._tensors(state, s) for s in site.sources}
-        return {n: every[s.adapter][p.name] for n, s, p in owned_parameters(site)}
+
+@dataclass(frozen=True, slots=True)
+class _Accepted:
+    """What a merge may lose."""
+
+    max_rel_err: float | None
+    nonfinite: bool
+
+    def check(self, report: MergeReport, sites: Sequence[PlannedSite]) -> None:
+        """Raises StateError: E430 for what is not finite, E431 for what is lost, at every site."""
+        found, spans = Report(), {site.path: site.span for site in sites}
+        for site in report.sites:
+            rounding = site.rounding
+            if not (rounding.finite or self.nonfinite):
+                found.error(
+                    "E430",
+                    f"`{site.path}`: of {rounding.elements:,} merged weights {_beyond(rounding)}",
+                    spans[site.path],
+                    hint="look at the adapter's scale and at the dtype of the base; "
+                    "allow_nonfinite=True merges all the same",
+                )
+            if self.max_rel_err is not None and rounding.relative > self.max_rel_err:
+                found.error(
+                    "E431",
+                    f"`{site.path}`: rounding to the base's dtype is off by "
+                    f"{rounding.relative:.1e} of the largest weight",
+                    spans[site.path],
+                    hint=f"{self.max_rel_err:.1e} is accepted; load the base in a wider dtype",
+                )
+        found.stop()
 
 
-def parameters_at(model: nn.Module, plan: Plan, site: PlannedSite) -> dict[str, Tensor]:
-    """The parameters of a site, shared ones cut to what it uses."""
-    own = {
-        p.name: parameter_of(site.site.module, site.holders, p.name)
-        for p in site.form.parameters
-        if not p.shared
-    }
-    return {**own, **shared_at(model, plan, site)}
+_ANYTHING = _Accepted(None, True)
 
 
-def shared_at(model: nn.Module, plan: Plan, site: PlannedSite) -> dict[str, Tensor]:
-    """The shared parameters of a site by the names that they have there, cut to what it uses."""
-    found: dict[str, Tensor] = {}
-    for p in site.form.parameters:
-        if not p.shared:
-            continue
-        value = shared_tensor_of(model, plan, site, p)
-        for axis, length in enumerate(site.form.shapes[p.name]):
-            value = value.narrow(axis, 0, length)
-        found[p.name] = value
-    return found
+def _beyond(rounding: Rounding) -> str:
+    counts = (
+        (rounding.overflowed, "are beyond the range of its dtype"),
+        (rounding.nonfinite, "are infinite or no number"),
+    )
+    return " and ".join(f"{count:,} {what}" for count, what in counts if count)
 
 
-def shared_tensor_of(model: nn.Module, plan: Plan, site: PlannedSite, p: Parameter) -> Tensor:
-    """A shared parameter of a site, whole."""
-    key = site.form.bank(site.adapter, p)
-    return shared_parameter(model, site.adapter, plan.groups[key], p.declared_name)
-
-
-def shared_parameter(model: nn.Module, adapter: str, group: str, name: str) -> Tensor:
-    """A parameter that is kept once, on the root."""
-    at: nn.Module | None = holder_of(model)
-    for part in (adapter, SHARED, group):
-        at = None if at is None else children_of(at).get(part)
-    assert at is not None
-    return vars(at)["_parameters"][name]
-
-
-def _plan(state: State, site: PlannedSite) -> Plan:
-    return state.adapters[site.adapter].plan
+def tensors_at(model: nn.Module, state: State, site: PlannedSite) -> Mapping[str, Tensor]:
+    """The parameters of a site of what is live, by the names that it has for them."""
+    if not isinstance(site, MixedSite):
+        return parameters_at(model, state.adapters[site.adapter].plan, site)
+    every = {s.adapter: tensors_at(model, state, s) for s in site.sources}
+    return {n: every[s.adapter][p.name] for n, s, p in owned_parameters(site)}
 
 
 def dismount_site(site: PlannedSite) -> None:
@@ -208,15 +325,16 @@ def _modules(state: State) -> list[tuple[nn.Module, Lowerings]]:
 # ------------------------------------------------------------------------------------ checks
 
 
-def _check_merge(state: State, sites: tuple[PlannedSite, ...], undo: Undo) -> None:
+def _check_merge(state: State, sites: tuple[PlannedSite, ...], options: Options) -> None:
     if state.is_merged:
         refuse("E402", f"`{state.live}` is merged already", hint="unmerge() takes it out again")
     if not state.live:
         refuse(
             "E410", "no adapter is live, so there is nothing to merge", hint="activate(NAME) first"
         )
-    report = Report()
-    for site in sites:
+    report, undo = Report(), options.undo
+    check(sites, options.quantized.how, undo, report)
+    for site in merged_by(sites, options.quantized):
         derived = site.form.derived
         if derived.still is None:
             report.error(
@@ -244,7 +362,7 @@ def _check_merge(state: State, sites: tuple[PlannedSite, ...], undo: Undo) -> No
 def _check_unmerge(state: State) -> None:
     if not state.is_merged:
         refuse("E406", "nothing is merged", hint="merge() comes before unmerge()")
-    if state.undo == "none":
+    if state.options.undo == "none":
         refuse(
             "E407",
             "this merge kept nothing to go back by",
@@ -252,85 +370,48 @@ def _check_unmerge(state: State) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------ a site
+# ---------------------------------------------------------------------------------- the way back
 
 
-class _Tensors:
-    """The leaves of a site's equation as float64 tensors.
-
-    index: which matrix, where the site is a batch of them.
-    """
-
-    def __init__(
-        self,
-        site: PlannedSite,
-        parameters: Mapping[str, Tensor],
-        witnesses: Mapping[str, Tensor] | None = None,
-        index: int | None = None,
-    ) -> None:
-        self.site = site
-        self.parameters = parameters
-        self.witnesses = witnesses or {}
-        self.index = index
-        self.shared = {p.name for p in site.form.parameters if p.shared}
-
-    def evaluate(self, expr: Expr) -> Tensor:
-        """The value of an expression, in float64 and without gradients; a batch of them stacked."""
-        batch = self.site.site.batch
-        if batch is not None and self.index is None:
-            each = (self._of(index).evaluate(expr) for index in range(batch))
-            return torch.stack([*each])
-        with torch.no_grad():
-            domain = Domain(self.site.form.names, self._leaf, self._anchor)
-            return Evaluator(domain).value(expr)
-
-    def _of(self, index: int) -> _Tensors:
-        return _Tensors(self.site, self.parameters, self.witnesses, index)
-
-    def _anchor(self) -> Tensor:
-        device = execution_device(self.site.site.module)
-        return torch.zeros((), dtype=torch.float64, device=device)
-
-    def _leaf(self, expr: Expr) -> Tensor:
-        module, form, site = self.site.site.module, self.site.form, self.site.site
-        shared = False
-        match expr.op:
-            case "parameter":
-                name = expr.text("name")
-                value, shared = self.parameters[name].detach(), name in self.shared
-                value = form.matrix(name, value)
-            case "witness":
-                value = self.witnesses[expr.text("name")]
-            case "weight" | "merged":
-                value = storage.read(module, form.kind, site.at)
-            case _:
-                value = storage.read_bias(module, site.at)
-        assert value is not None  # checked before anything was changed
-        if self.index is not None and not shared:
-            value = value[self.index]
-        return value.to(self._anchor().device, torch.float64)
+def _check_edited(state: State) -> None:
+    report = Report()
+    for merged in state.merged.values():
+        if is_edited(merged):
+            report.error(
+                "E428",
+                f"the weight of `{merged.site.path}` was changed since it was merged",
+                merged.site.span,
+                hint="put the merged weight back, or unload(keep_merge=True) to stay merged",
+            )
+    report.stop()
 
 
-def _merge_site(site: PlannedSite, parameters: Mapping[str, Tensor], undo: Undo) -> MergedSite:
-    merged = site.form.derived.still
-    assert merged is not None
-    tensors = _Tensors(site, parameters)
-    kept = MergedSite(site, witnesses=_witnesses(site, tensors) if undo == "algebraic" else {})
-    weight, bias = _values(merged, tensors)
-    module, at = site.site.module, site.site.at
-    if bias is not None:
-        kept = replace(kept, bias=storage.detach_parameter(module, at, "bias"))
-    if weight is not None:
-        kept = replace(kept, weight=storage.detach_parameter(module, at, "weight"))
-    try:
-        if weight is not None:
-            _write(site, weight)
-        if bias is not None:
-            storage.write_bias(module, site.form.kind, at, bias.to(_dtype(site)))
-    except BaseException:
-        _put_back(kept)
-        raise
-    return kept
+def _refuse_base(merged: MergedSite, parameters: Mapping[str, Tensor]) -> NoReturn:
+    if is_told_otherwise(merged, parameters):
+        refuse(
+            "E429",
+            f"the adapter's parameters at `{merged.site.path}` were changed since the merge",
+            hint="they lead back to the base; put them back, or unload(keep_merge=True)",
+        )
+    made = ", ".join(merged.machine.values())
+    refuse(
+        "E429",
+        f"`{merged.site.path}`: what comes out is not the base, to the bit",
+        hint=f"it was merged on {made}; unmerge it there, or load the base again",
+    )
+
+
+def _check_out_of(state: State, adapter: str) -> None:
+    if adapter not in state.live.adapters:
+        refuse("E406", f"`{adapter}` is not merged", hint=f"`{state.live}` is")
+    for _, what in state.live.terms:
+        links = what.links[:-1] if isinstance(what, Then) else ()
+        if any(adapter in link.adapters for link in links):
+            refuse(
+                "E432",
+                f"`{adapter}` cannot be taken out of `{what}` alone: others were made on it",
+                hint="unmerge() takes all of them out",
+            )
 
 
 def _once(merged: MergedSite, before: Iterable[MergedSite]) -> MergedSite:
@@ -343,48 +424,9 @@ def _once(merged: MergedSite, before: Iterable[MergedSite]) -> MergedSite:
         merged,
         weight=None if any(m.weight is not None for m in known) else merged.weight,
         bias=None if any(m.bias is not None for m in known) else merged.bias,
+        released=NOBODY if known else merged.released,
     )
 
 
 def _same_parameter(one: Site, other: Site) -> bool:
     return one.module is other.module and one.at.parameter == other.at.parameter
-
-
-def _write(site: PlannedSite, weight: Tensor) -> None:
-    """The site's weight becomes another, and the rest of its parameter stays."""
-    storage.write(site.site.module, site.form.kind, site.site.at, weight.to(_dtype(site)))
-    _follow(site)
-
-
-def _follow(site: PlannedSite) -> None:
-    """Let the layers that share a site's weight share what it is now."""
-    name = site.site.at.parameter
-    for follower in site.site.followers:
-        parameters_of(follower)[name] = parameters_of(site.site.module)[name]
-
-
-def _dtype(site: PlannedSite) -> torch.dtype:
-    """Of the base as it is now: the model may have been cast since it was adapted."""
-    weight = parameters_of(site.site.module)[site.site.at.parameter]
-    assert weight is not None
-    return weight.dtype
-
-
-def _values(merged: Merged, tensors: _Tensors) -> tuple[Tensor | None, Tensor | None]:
-    """The merged weight and bias in float64; None for what the adapter leaves as it is."""
-    weight = None if merged.weight is WEIGHT else tensors.evaluate(merged.weight)
-    untouched = merged.bias.op == "bias" or is_zero(merged.bias)
-    return weight, None if untouched else tensors.evaluate(merged.bias)
-
-
-def _witnesses(site: PlannedSite, tensors: _Tensors) -> dict[str, Tensor]:
-    return {n: tensors.evaluate(e) for n, e in site.form.derived.inverse.witnesses}
-
-
-def _put_back(merged: MergedSite) -> None:
-    module, at = merged.site.site.module, merged.site.site.at
-    if merged.weight is not None:
-        storage.put_back(module, at, "weight", merged.weight)
-        _follow(merged.site)
-    if merged.bias is not None:
-        storage.put_back(module, at, "bias", merged.bias)

@@ -23,7 +23,7 @@ from surgery.errors import Report
 from surgery.mixture import MixedSite, Plans, owned_parameters
 from surgery.model.parts import ENTRIES
 from surgery.model.storage import Which, name_of
-from surgery.nodes import GraphPort, Layer, Lowering, Lowerings, at_site, cast_like
+from surgery.nodes import GraphPort, Layer, Lowering, Lowerings, at_site
 from surgery.plan import Plan, PlannedSite
 from surgery.planned import SharedKey
 
@@ -208,4 +208,4 @@ def _finished(y: Any, port: GraphPort) -> Any:
     """The output in the dtype of the site's own."""
     if port.output is not None:
         return y.to(port.output.dtype)
-    return port.function(cast_like, y, port.own("weight")) if port.mixed else y
+    return port.like(y) if port.mixed else y

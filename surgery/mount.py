@@ -27,8 +27,9 @@ from surgery.model.holder import (
     parameters_of,
     under_adapters,
 )
-from surgery.model.hooked import swap_class
+from surgery.model.hooked import storage_of_kind, swap_class
 from surgery.model.layers import base_class
+from surgery.nodes import UNPACKED
 from surgery.values import raw
 
 # Classes are kept per base class, so that Dynamo sees one type for all sites that are alike.
@@ -76,7 +77,15 @@ def _call(base: type[nn.Module], key: Lowerings) -> Mapping[str, object]:
     def call_base(self: nn.Module, x: Tensor) -> Tensor:
         return forward(self, x)
 
-    return {"forward": lower(key).run, "base": call_base}
+    return {"forward": lower(key).run, "base": call_base, **_unpacked(key)}
+
+
+def _unpacked(key: Lowerings) -> Mapping[str, object]:
+    """What the weight stands for, where it lies packed."""
+    row = storage_of_kind(key[0].form.kind)
+    if row is None or row.packing is None:
+        return {}
+    return {UNPACKED: property(row.packing.weight)}
 
 
 def _values(key: Lowerings) -> Mapping[str, object]:

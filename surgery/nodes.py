@@ -54,6 +54,9 @@ class Lowering:
         return ".".join((*start, *below))
 
 
+UNPACKED = "surgery_unpacked"
+"""The attribute of a mounted module that is its weight in float32, where it lies packed."""
+
 Lowerings = tuple[Lowering, ...]
 """What the graph of a module depends on: each of its sites, in the order of their rows."""
 
@@ -143,7 +146,8 @@ class GraphPort:
         self.form_class = form
         self.form: InputForm = form.kind.input
         self.groups = form.sizes.groups
-        self.mixed = form.dtype != form.base_dtype
+        self.packed = bool(form.kind.packed)
+        self.mixed = self.packed or form.dtype != form.base_dtype
         self.layer = layer
         self.attribute, self.function = layer.attribute, layer.function
         self.output: Any = None
@@ -154,7 +158,7 @@ class GraphPort:
         """The site's own layer."""
         kind, part = self.form_class.kind, self.form_class.part
         if changed and self.mixed and self.form != "indices":
-            x = self.function(cast_like, x, self.own("weight"))
+            x = self.like(x)
         if part is None:
             self.output = self.layer.base(x)
             return kind.features_last(self.output)
@@ -167,13 +171,24 @@ class GraphPort:
     def _rows(self, x: Any, part: Part) -> Any:
         """Some rows of the layer's matrix, and of its bias, on an input that is not its own."""
         form = self.form_class
-        matrix = part.of(form.kind.to_matrix(self.own("weight")), ROWS)
+        matrix = part.of(form.kind.to_matrix(self._like(x, "weight")), ROWS)
         y = form.kind.apply(matrix, x, form.sizes, form.geometry, True)
-        return y + part.of(self.own("bias"), ENTRIES) if form.has_bias else y
+        return y + part.of(self._like(x, "bias"), ENTRIES) if form.has_bias else y
+
+    def _like(self, x: Any, which: Which) -> Any:
+        own = self.own(which)
+        return own.to(x.dtype) if self.packed else own
 
     def own(self, which: Which) -> Any:
-        """The layer's own weight or bias, as it is stored."""
-        return self.attribute(name_of(self.form_class.at, which))
+        """The layer's own weight or bias, as it is stored; where it is packed, what that is."""
+        packed = self.packed and which == "weight"
+        return self.attribute(UNPACKED if packed else name_of(self.form_class.at, which))
+
+    def like(self, y: Any) -> Any:
+        """A value in the dtype of the layer's own output, whatever autocast does to others."""
+        if self.packed:
+            return y.to(cast(Any, self.layer.input).dtype)
+        return self.function(cast_like, y, self.own("weight"))
 
     def apply(self, matrix: Any, x: Any, whole: bool) -> Any:
         """A whole matrix on the input."""

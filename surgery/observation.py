@@ -279,6 +279,9 @@ class _Watched:
 def _watch(site: PlannedSite) -> _Watched:
     weight = parameters_of(site.site.module)[site.site.at.parameter]
     assert weight is not None  # it is a site by its weight
+    if site.form.kind.packed and _GRADIENT in needs(site):
+        message = f"the data shows no {_GRADIENT} at `{site.path}`: its weight is quantised"
+        _refuse(message, "observe the base before it is quantised, and attach the adapter to this")
     return _Watched(site, weight)
 
 

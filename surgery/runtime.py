@@ -14,15 +14,12 @@ from torch import Tensor, fx, nn
 from surgery import lower, materialize, mount
 from surgery.check import Resolved, Values, adapts_nothing, findings, resolve
 from surgery.errors import Diagnostic, Report, SurgeryError, error_of, refuse
-from surgery.inverse import (
-    Inverse,
-    remove_site,
-    shared_at,
-)
+from surgery.inverse import Inverse, remove_site
 from surgery.language.library import Library
 from surgery.language.parse import parse
 from surgery.language.syntax import Spec
 from surgery.live import single
+from surgery.located import shared_at
 from surgery.mixture import live_sites
 from surgery.model.hooked import adopt
 from surgery.observation import Data, Loss, Progress, Seen
@@ -173,7 +170,7 @@ class Compiled:
             saved.name,
             tensors_of(self.model, saved),
             saved.seed,
-            base_digests(state, saved.sites),
+            base_digests(self.model, saved.sites),
             model=self.model,
             config=config,
         )
@@ -274,7 +271,7 @@ def compile_model(
     _refuse_merged(state_of(target))
     told = None if data is None else Data(data, loss, progress)
     made, seen = looked_at(made, target, told, seed, dtype)
-    return _put_on(target, made, seed, {}, seen)
+    return _twin_or_not(_put_on(target, made, seed, {}, seen), model)
 
 
 def target_of(model: Model, mode: Form | None, inplace: bool = True) -> nn.Module:
@@ -325,6 +322,13 @@ def _put_on(
         _take_off(model, made, state, flags, fresh)
         raise
     return Compiled(model)
+
+
+def _twin_or_not(compiled: Compiled, model: Model) -> Compiled:
+    """The handle; its model shares tensors with one that was given, if it is another."""
+    state = require_state(compiled.model)
+    state.shares = state.shares or compiled.model is not model
+    return compiled
 
 
 def _refuse_merged(state: State | None) -> None:
@@ -425,7 +429,7 @@ def attach(
     check_tensors(made, loaded)
     if not force:
         check_base(made.sites, loaded.base, str(directory))
-    return _put_on(target, made, loaded.seed, loaded.tensors)
+    return _twin_or_not(_put_on(target, made, loaded.seed, loaded.tensors), model)
 
 
 def of(model: nn.Module) -> Compiled:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from surgery.errors import refuse
 from surgery.live import Live
+from surgery.merged import MergedSite, Options
 from surgery.mixture import Plans, live_sites
-from surgery.model.stored import Kept
 from surgery.plan import Plan, PlannedSite
 
 _ATTRIBUTE = "_surgery_state"
-
-Undo = Literal["exact", "algebraic", "none"]
 
 
 @dataclass(slots=True)
@@ -33,20 +30,6 @@ class Adapter:
         return (s for s in self.plan.sites if s.adapter == self.name)
 
 
-@dataclass(frozen=True, slots=True)
-class MergedSite:
-    """What a merge kept of one site.
-
-    weight, bias: the base's own, where they were replaced and the undo is exact.
-    witnesses: by name, in float64, where the undo is algebraic.
-    """
-
-    site: PlannedSite
-    weight: Kept | None = None
-    bias: Kept | None = None
-    witnesses: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
-
-
 @dataclass(slots=True)
 class State:
     """Live, trained and merged are three separate states.
@@ -55,7 +38,8 @@ class State:
     flags: `requires_grad` of every base parameter before the first surgery, by name.
     live: what the forward runs.
     merged: by path; empty unless `live` is merged.
-    undo: how the merge can be taken back.
+    options: how it was merged.
+    shares: whether its base tensors are another model's too, so that keeping them costs nothing.
     untied: the configs that said of the merged model that its weights are tied.
     """
 
@@ -64,7 +48,8 @@ class State:
     live: Live = field(default_factory=Live)
     merged: dict[str, MergedSite] = field(default_factory=dict[str, MergedSite])
     is_merged: bool = False
-    undo: Undo = "exact"
+    options: Options = field(default_factory=Options)
+    shares: bool = False
     untied: tuple[object, ...] = ()
 
     @property

@@ -12,7 +12,7 @@ from surgery import materialize, mount
 from surgery.algebra.expr import Expr
 from surgery.algebra.observed import seen
 from surgery.errors import refuse
-from surgery.inverse import parameters_at, shared_parameter
+from surgery.located import parameters_at, shared_parameter
 from surgery.model.holder import SHARED, holder_of, shared_name
 from surgery.model.hooked import execution_device
 from surgery.plan import Plan, PlannedSite, SharedParameter

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from typing import cast
 
 from torch import Tensor, nn
@@ -50,12 +51,15 @@ def _shared(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    """The parameters and buffers of a module, and the tensors that are plain attributes of it."""
+    """The parameters and buffers of a module, and the tensors in plain attributes of it."""
     yield from (p for p in parameters_of(module).values() if p is not None and not is_lazy(p))
     buffers = cast("dict[str, Tensor | None]", vars(module)["_buffers"])
     for value in (*buffers.values(), *vars(module).values()):
         if isinstance(value, Tensor):
             yield value
+        elif is_dataclass(value) and not isinstance(value, type):
+            state: dict[str, object] = getattr(value, "__dict__", {})
+            yield from (one for one in state.values() if isinstance(one, Tensor))
 
 
 def alike(tensor: Tensor) -> Tensor:
@@ -67,8 +71,15 @@ def alike(tensor: Tensor) -> Tensor:
         made = made.as_subclass(type(tensor)).requires_grad_(tensor.requires_grad)
     else:
         made = nn.Parameter(made, requires_grad=tensor.requires_grad)
-    vars(made).update(vars(tensor))
+    own = vars(tensor)
+    # What says how a weight is packed may be changed in place, with the parameter that it is of.
+    vars(made).update({n: v if _is_shared(v) else copy.copy(v) for n, v in own.items()})
     return made
+
+
+def _is_shared(value: object) -> bool:
+    """Whether twins have it in common."""
+    return isinstance(value, Tensor | nn.Module)
 
 
 def _check(model: nn.Module, made: nn.Module) -> None:

@@ -8,15 +8,15 @@ from typing import Any, NoReturn, cast
 
 import pytest
 import torch
-from support import soon
+from support import Held, soon
 from torch import Tensor, nn
 
 import surgery
 from surgery import lower, materialize, mount
 from surgery.errors import SurgeryError
+from surgery.merged import Undo
 from surgery.model import storage
 from surgery.model.holder import modules_of
-from surgery.state import Undo
 
 untyped = cast(Any, torch)  # for calls whose stubs are not fully typed
 
@@ -71,7 +71,7 @@ def seen(model: nn.Module) -> dict[str, Any]:
     """All that a failed call may not change."""
     tensors = model.state_dict(keep_vars=True)
     return {
-        "tensors": {n: (id(t), t.requires_grad, t.dtype, t.tolist()) for n, t in tensors.items()},
+        "tensors": {n: (Held(t), t.requires_grad, t.dtype, t.tolist()) for n, t in tensors.items()},
         "modules": [(n, type(m), sorted(vars(m))) for n, m in modules_of(model)],
     }
 

@@ -13,14 +13,15 @@ from typing import Any, cast
 
 import pytest
 import torch
+from support import Held
 from torch import Tensor, nn
 
 import surgery
 from surgery.errors import StateError
+from surgery.merged import Undo
 from surgery.model.holder import modules_of
 from surgery.model.storage import address
 from surgery.mount import base_parameters, is_mounted
-from surgery.state import Undo
 from surgery.twin import twin
 
 untyped = cast(Any, torch)  # for calls whose stubs are not fully typed
@@ -66,7 +67,7 @@ class Snapshot:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.bits = {n: t.clone() for n, t in model.state_dict().items()}
-        self.objects = {n: id(p) for n, p in model.named_parameters(remove_duplicate=False)}
+        self.objects = {n: Held(p) for n, p in model.named_parameters(remove_duplicate=False)}
         self.flags = {n: p.requires_grad for n, p in model.named_parameters()}
         self.classes = [(path, type(m), tuple(vars(m))) for path, m in modules_of(model)]
         self.grads = {n: p.grad for n, p in model.named_parameters()}

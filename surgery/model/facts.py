@@ -13,10 +13,11 @@ from surgery.algebra.mentions import names as mentioned
 from surgery.algebra.mentions import nodes
 from surgery.language import syntax as ast
 from surgery.model.candidates import Candidate
-from surgery.model.holder import parameters_of
+from surgery.model.hooked import packing_of
 from surgery.model.inventory import Inventory, joined, sizes_of
 from surgery.model.nearest import closest, listing
 from surgery.model.scopes import Region
+from surgery.model.storage import seen
 
 Facts = Mapping[str, object]
 
@@ -49,7 +50,7 @@ def facts_of(index: int, region: Region, inventory: Inventory, one: Candidate) -
     `dtype` of a weight that is computed from other parameters.
     """
     entry, at = inventory.entries[index], one.at
-    weight = parameters_of(entry.module).get(at.parameter)
+    weight = seen(entry.module, at.parameter)
     layer = entry.layer if region.layer is None else region.layer
     full = joined(inventory.entries[entry.first].path, at.parameter)
     facts: dict[str, object] = {
@@ -67,7 +68,9 @@ def facts_of(index: int, region: Region, inventory: Inventory, one: Candidate) -
         size = weight.numel() if at.index is None else weight[at.index].numel()
         size = size // len(weight) * len(at.picked) if at.picked else size
         facts["numel"] = size if at.part is None else size // at.part.whole * at.part.length
-        facts["dtype"] = str(weight.dtype).removeprefix("torch.")
+        row = packing_of(entry.module, at.parameter)
+        packed = None if row is None or row.packing is None else row.packing.name(entry.module)
+        facts["dtype"] = packed or str(weight.dtype).removeprefix("torch.")
     return facts
 
 

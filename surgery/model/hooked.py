@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from surgery.model.holder import every_module
+from surgery.model.layers import LayerKind, weight_kind_of
 from surgery.model.stored import Storage
 
 COVER = "_surgery_cover"
@@ -45,6 +46,31 @@ class Integration(Protocol):
     def execution_device(self, module: nn.Module) -> torch.device | None:
         """Where the hook runs the module, or None if it leaves it where it is."""
         ...
+
+
+class _Packed(Protocol):
+    """What a module named by a kind of layer offers."""
+
+    STORAGE: Storage
+
+
+def packing_of(module: nn.Module, name: str = "weight") -> Storage | None:
+    """The row of a module whose parameter of that name is packed, if it is; imported for it."""
+    kind = weight_kind_of(module)
+    row = None if kind is None else storage_of_kind(kind)
+    return row if row is not None and row.applies(module, name) else None
+
+
+def storage_of_kind(kind: LayerKind) -> Storage | None:
+    """The row of all layers of a kind, if it has one of its own."""
+    if not kind.packed:
+        return None
+    return cast(_Packed, imported(kind.packed)).STORAGE
+
+
+def imported(name: str) -> object:
+    """A module of the package that another library is needed for, by its full name."""
+    return importlib.import_module(name)
 
 
 def integration_of(module: nn.Module) -> Integration | None:

@@ -29,7 +29,7 @@ from surgery.model.layers import (
     weight_kind_of,
 )
 from surgery.model.parts import WHOLE, ParameterSlice, Part
-from surgery.model.storage import identity
+from surgery.model.storage import identity, seen
 
 if TYPE_CHECKING:
     from surgery.model.traced import Outline, Used
@@ -145,11 +145,19 @@ class Inventory:
             at = self.entries[at].end
         return found
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters of all modules; tied ones as often as they are owned, lazy ones never."""
+    def counted(self) -> tuple[int, int]:
+        """The elements of all parameters, of which packed ones have more, and their bytes.
+
+        Tied ones count once, lazy ones not.
+        """
+        found: dict[int, tuple[int, int]] = {}
         for entry in self.entries:
-            every = parameters_of(entry.module).values()
-            yield from (p for p in every if p is not None and not is_lazy(p))
+            for name, p in parameters_of(entry.module).items():
+                if p is not None and not is_lazy(p) and id(p) not in found:
+                    what = seen(entry.module, name)
+                    assert what is not None
+                    found[id(p)] = what.numel(), p.numel() * p.element_size()
+        return sum(n for n, _ in found.values()), sum(b for _, b in found.values())
 
     def below(self, index: int) -> tuple[int, ...]:
         """The part of the pool at or below an entry."""
@@ -286,7 +294,8 @@ def site_at(
     followers: tuple[nn.Module, ...] = (),
 ) -> Site:
     """The site of an entry or of a slice of it, whose parameter must be a readable one."""
-    weight = parameters_of(entry.module)[at.parameter]
+    own, weight = parameters_of(entry.module)[at.parameter], seen(entry.module, at.parameter)
+    assert own is not None
     assert weight is not None
     return Site(
         path=joined(entry.path, *at.names),
@@ -295,7 +304,7 @@ def site_at(
         sizes=sizes_of(kind, entry.module, at),
         geometry=kind.geometry(entry.module),
         dtype=weight.dtype,
-        device=weight.device,
+        device=own.device,
         has_bias=parameters_of(entry.module).get(at.bias) is not None,
         layer=layer,
         container=container,

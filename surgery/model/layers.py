@@ -8,7 +8,7 @@ so they read sizes from the row's own data and never from a tensor's shape.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 from typing import Literal, cast
@@ -83,6 +83,8 @@ class LayerKind:
     methods: what makes up the class's forward; a subclass that replaces one is not of this kind.
     bare: whether it is a parameter by itself, of which no forward is known; it may then be a batch
         of matrices, and its sizes are those of the parameter.
+    packed: the integration that knows what its weight stands for; "" where it lies as it is. The
+        output of such a layer has the dtype of its input.
     """
 
     name: str
@@ -99,6 +101,7 @@ class LayerKind:
     feature_axis: int = -1
     methods: tuple[str, ...] = ("forward",)
     bare: bool = False
+    packed: str = ""
 
     def features_last(self, output: Tensor) -> Tensor:
         """The site's output with its features on the last axis; a view."""
@@ -320,6 +323,28 @@ KINDS: tuple[LayerKind, ...] = (
 )
 
 
+def _packed_objection(module: nn.Module) -> str:
+    """Until it is on a device, such a layer has a weight as any other, which its call refuses."""
+    weight = cast(Tensor, module.weight)
+    states = (getattr(weight, "quant_state", None), getattr(module, "quant_state", None))
+    if weight.is_meta or weight.dtype.itemsize == 1 or any(state is not None for state in states):
+        return ""
+    return "its weight is not quantised yet"
+
+
+PACKED: tuple[LayerKind, ...] = tuple(
+    replace(
+        KINDS[0],
+        qualified=f"bitsandbytes.nn.modules.{name}",
+        argument="x",
+        objection=_packed_objection,
+        packed="surgery.integrations.bitsandbytes",
+    )
+    for name in ("Linear4bit", "Linear8bitLt")
+)
+"""Layers that are like others, whose names they have, but for how their weight lies."""
+
+
 def _no_sizes(module: nn.Module) -> Sizes:
     """A bare parameter has its own."""
     del module
@@ -409,4 +434,4 @@ def matrix_like(module: nn.Module) -> bool:
     return isinstance(weight, torch.Tensor) and (is_lazy(weight) or weight.dim() >= 2)
 
 
-_BY_CLASS = {kind.qualified: kind for kind in KINDS}
+_BY_CLASS = {kind.qualified: kind for kind in (*KINDS, *PACKED)}

@@ -15,7 +15,7 @@ from surgery.model.bypassed import read_by
 from surgery.model.candidates import kind_at
 from surgery.model.facts import Holds
 from surgery.model.holder import parameters_of
-from surgery.model.hooked import integration_of, replaced_forward
+from surgery.model.hooked import integration_of, packing_of, replaced_forward
 from surgery.model.inventory import (
     Entry,
     Inventory,
@@ -107,6 +107,9 @@ def _admit(
             continue
         layer = inventory.entries[index].layer if region.layer is None else region.layer
         mode = _mode(entry, one.kind, at, [index for index, _, _ in answers], inventory)
+        if mode == "value" and _is_packed(entry, at):
+            refused.setdefault(("E209", _UNREACHED), []).append((entry, at))
+            continue
         tied = _tied(entry, at, inventory, tie)
         sites.append(site_at(entry, one.kind, layer, region.container, at, mode, *tied))
     if tie is not None and sites and not refused and not any(site.tie for site in sites):
@@ -141,8 +144,10 @@ def admit(
         report.error("E306", message, hint=_OF_ANOTHER)
         return None
     refusal = _refusal(entry, kind, at, inventory, tie)
+    mode = "call" if kind is None else _mode(entry, kind, at, [index], inventory)
+    if mode == "value" and _is_packed(entry, at):
+        refusal = refusal or ("E209", _UNREACHED)
     if refusal is None and kind is not None:
-        mode = _mode(entry, kind, at, [index], inventory)
         tied = _tied(entry, at, inventory, tie)
         return site_at(entry, kind, entry.layer, None, at, mode, *tied)
     assert refusal is not None
@@ -197,6 +202,8 @@ def _unshared(entry: Entry, at: ParameterSlice, names: Sequence[str], inventory:
     """Whether some of the layers that share a weight cannot follow it."""
     weight = parameters_of(entry.module)[at.parameter]
     every = (entry.module, *_sharing(names, inventory))
+    if _is_packed(entry, at):
+        return True
     same = all(parameters_of(module).get(at.parameter) is weight for module in every)
     return not same or any(integration_of(module) is not None for module in every)
 
@@ -224,8 +231,16 @@ def _refusal(
     if others and tie is None:
         return "E207", f"it shares its {what} with {shared}"
     if tie == "share" and others and _unshared(entry, at, others, inventory):
-        return "E209", f"{shared} cannot follow it: it is offloaded, or no layer's weight itself"
+        why = "it is offloaded, quantised, or no layer's weight itself"
+        return "E209", f"{shared} cannot follow it: {why}"
     return None
+
+
+def _is_packed(entry: Entry, at: ParameterSlice) -> bool:
+    return packing_of(entry.module, at.parameter) is not None
+
+
+_UNREACHED = "its weight is quantised, and is reached by nothing but its layer's own call"
 
 
 def _no_tensor(entry: Entry, at: ParameterSlice) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from surgery.model.holder import parameters_of
-from surgery.model.hooked import integration_of
+from surgery.model.hooked import integration_of, packing_of
 from surgery.model.layers import LayerKind
 from surgery.model.parts import ENTRIES, ROWS, WHOLE, ParameterSlice
 from surgery.model.stored import Kept, Storage
@@ -139,6 +139,9 @@ def _rows(module: nn.Module) -> Iterator[Storage]:
     integration = integration_of(module)
     if integration is not None:
         yield integration.STORAGE
+    packing = packing_of(module)
+    if packing is not None:
+        yield packing
     yield META
     yield PLAIN
 
@@ -155,11 +158,21 @@ def unreadable(module: nn.Module, name: str = "weight") -> str:
         return "its weight is no parameter of its own; a parametrization computes it"
     if is_lazy(weight):
         return "its weight has no shape before the first call"
+    if packing_of(module, name) is not None:
+        return ""
     if weight.dtype.itemsize < 2 or not (weight.is_floating_point() or weight.is_complex()):
         return f"its weight is stored as {weight.dtype}, and what it stands for is not known"
     if storage_of(module, name) is None:
         return f"its weight is a {type(weight).__name__}, which no storage row reads"
     return ""
+
+
+def seen(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter, for its shape and dtype: where it is packed, one on meta that it stands for."""
+    row = packing_of(module, name)
+    if row is None or row.packing is None:
+        return parameters_of(module).get(name)
+    return torch.empty(row.packing.size(module), dtype=row.packing.dtype, device="meta")
 
 
 def _storage(module: nn.Module, at: ParameterSlice) -> Storage:
@@ -212,13 +225,23 @@ def write(module: nn.Module, kind: LayerKind, at: ParameterSlice, matrix: Tensor
 
     What the parameter holds besides stays as it was.
     """
-    old = parameters_of(module)[at.parameter]
+    old = seen(module, at.parameter)
     assert old is not None
+    whole = old if at.whole else _stored(module, at)  # of a whole one the shape is all that counts
+    replace(module, at, "weight", with_matrix(whole, kind, at, matrix))
+
+
+def with_matrix(whole: Tensor, kind: LayerKind, at: ParameterSlice, matrix: Tensor) -> Tensor:
+    """A parameter in its stored layout with another matrix where a site is in it; a new tensor."""
     if at.part is not None:
-        rows, matrix = matrix, _copied(kind.to_matrix(at.one(_stored(module, at))))
+        rows, matrix = matrix, _copied(kind.to_matrix(at.one(whole)))
         at.part.write(matrix, rows, ROWS)
-    stored = kind.from_matrix(matrix, tuple(at.one(old).shape))
-    replace(module, at, "weight", _put_in(module, at, stored))
+    stored = kind.from_matrix(matrix, tuple(at.one(whole).shape))
+    if at.index is None and not at.picked:
+        return stored
+    made = whole.detach().clone()
+    at.put(made, stored)
+    return made
 
 
 def stored(module: nn.Module, at: ParameterSlice) -> Tensor | None:
@@ -230,15 +253,6 @@ def _stored(module: nn.Module, at: ParameterSlice) -> Tensor:
     whole = stored(module, at)
     assert whole is not None  # on meta nothing is written
     return whole
-
-
-def _put_in(module: nn.Module, at: ParameterSlice, one: Tensor) -> Tensor:
-    """The whole parameter, with what a site is in it, where that is not all of it."""
-    if at.index is None and not at.picked:
-        return one
-    made = _stored(module, at).detach().clone()
-    at.put(made, one)
-    return made
 
 
 def _copied(tensor: Tensor) -> Tensor:
@@ -274,7 +288,7 @@ def replace(module: nn.Module, at: ParameterSlice, which: Which, tensor: Tensor)
     name = name_of(at, which)
     assert which == "weight" or takes_bias(module, at), "this layer never adds a bias"
     # Another dtype would make `put_back` believe that the module was cast, and cast what was kept.
-    old = parameters_of(module).get(name)
+    old = seen(module, name)
     assert old is None or tensor.dtype == old.dtype, (tensor.dtype, old)
     _storage(module, at).install(module, name, tensor)
 
@@ -285,7 +299,8 @@ def put_back(module: nn.Module, at: ParameterSlice, which: Which, kept: Kept) ->
     If the module was moved or cast meanwhile, the object follows; if it was offloaded, or hooks
     were removed, the kept value goes to where the module now keeps its weights.
     """
-    _storage(module, at).put_back(module, name_of(at, which), kept)
+    row = _storage(module, at) if kept.by is None else kept.by
+    row.put_back(module, name_of(at, which), kept)
 
 
 def identity(module: nn.Module, name: str) -> Hashable:

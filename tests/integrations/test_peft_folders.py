@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 import safetensors.torch
 import torch
+from support import Held
 from torch import Tensor, nn
 
 import surgery
@@ -64,7 +65,7 @@ def seen(model: nn.Module) -> dict[str, Any]:
     """All that a failed call may not change."""
     tensors = model.state_dict(keep_vars=True)
     return {
-        "tensors": {n: (id(t), t.requires_grad, t.dtype, t.tolist()) for n, t in tensors.items()},
+        "tensors": {n: (Held(t), t.requires_grad, t.dtype, t.tolist()) for n, t in tensors.items()},
         "modules": [(n, type(m), sorted(vars(m))) for n, m in modules_of(model)],
     }
 

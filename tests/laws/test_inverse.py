@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from support import Held
 from torch import Tensor, nn
 
 import surgery
@@ -55,13 +56,22 @@ def bits(tensor: Tensor) -> bytes:
 
 
 def everything(model: nn.Module) -> dict[str, Any]:
-    """All that can be told of a model: keys in order, bits, types, places, flags, attributes."""
+    """All that can be told of a model: keys in order, objects, bits, types, places, flags."""
+    tensors = model.state_dict(keep_vars=True)
+    return {
+        "objects": [*map(Held, tensors.values())],
+        "tensors": {n: (t.data_ptr(), bits(t)) for n, t in tensors.items()},
+        **of_nobody(model),
+    }
+
+
+def of_nobody(model: nn.Module) -> dict[str, Any]:
+    """What can be told of a model by whoever holds none of its tensors."""
     tensors = model.state_dict(keep_vars=True)
     return {
         "keys": list(tensors),
-        "tensors": {
-            n: (id(t), type(t), t.dtype, t.stride(), t.data_ptr(), t.requires_grad, bits(t))
-            for n, t in tensors.items()
+        "values": {
+            n: (type(t), t.dtype, t.stride(), t.requires_grad, bits(t)) for n, t in tensors.items()
         },
         "parameters": [n for n, _ in model.named_parameters()],
         "modules": [(n, id(m), type(m), m.training, sorted(vars(m))) for n, m in modules_of(model)],
@@ -120,6 +130,22 @@ def test_unload_gives_back_everything(
         assert everything(model) == before, state.__name__
         with pytest.raises(StateError, match="E401"):
             surgery.of(model)
+
+
+@every_spec
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_base_that_nobody_holds_comes_back_to_the_bit(
+    spec: str, dtype: torch.dtype, make_net: MakeNet, train: Train
+) -> None:
+    model = make_net(dtype)
+    before = of_nobody(model)
+    compiled = surgery.compile(spec, model)
+    for _ in range(3):
+        train(model)
+        compiled.inverse.merge()
+        compiled.inverse.unmerge()
+    compiled.inverse.unload()
+    assert of_nobody(model) == before
 
 
 def copied(model: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
 import surgery
-from surgery.inverse import parameters_at
+from surgery.located import parameters_at
 
 untyped = cast(Any, torch)
 

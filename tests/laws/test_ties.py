@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from support import moved
+from support import Held, moved
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -70,7 +70,7 @@ def parameters_of(module: object) -> dict[str, nn.Parameter]:
 
 def everything(model: nn.Module) -> tuple[object, ...]:
     named = model.state_dict(keep_vars=True).items()
-    tensors = [(n, id(t), t.requires_grad, t.detach().numpy().tobytes()) for n, t in named]
+    tensors = [(n, Held(t), t.requires_grad, t.detach().numpy().tobytes()) for n, t in named]
     attributes = [sorted(vars(m)) for m in model.modules()]
     return tensors, attributes, cast(Any, model).config.tie_word_embeddings
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import moved
+from support import Held, moved
 from torch import Tensor, nn
 
 import surgery
@@ -77,12 +77,12 @@ def apart(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> float:
     return max(float((a - b).detach().abs().max()) for a, b in pairs)
 
 
-def base(model: nn.Module) -> dict[str, tuple[int, bytes]]:
+def base(model: nn.Module) -> dict[str, tuple[Held, bytes]]:
     """Each tensor of the base: which object it is, and its bits."""
     named = model.state_dict(keep_vars=True).items()
     own = {n: t for n, t in named if ".surgery." not in f".{n}"}
     return {
-        n: (id(t), t.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        n: (Held(t), t.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         for n, t in own.items()
     }
 

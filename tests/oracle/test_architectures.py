@@ -31,6 +31,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),
     pytest.mark.filterwarnings("ignore:Using Rank-Stabilized LoRA with rank_pattern:UserWarning"),
     pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Specified to not:UserWarning"),
 ]
 
 # Libraries whose types are not complete.
