@@ -106,7 +106,7 @@ def convert(
     does not allow it, and as `attach` does for the folder; PlanError where it does not fit the
     model. Nothing is written then.
     """
-    _check_output(Path(output))
+    check_output(Path(output))
     if rank is not None and rank < 1:
         refuse("E523", f"there is no product of rank {rank}", hint="a rank is 1 or more")
     opened = _open(Path(directory), model)
@@ -142,7 +142,8 @@ def needs_weights(directory: str | Path, model: nn.Module, *, to: str = PEFT) ->
     return any(low_rank.read_of(s.form)[0] for s in plan.sites if not s.site.at.tensor)
 
 
-def _check_output(output: Path) -> None:
+def check_output(output: Path) -> None:
+    """Raises ArtifactError (E520) for what is there and is no empty folder."""
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         refuse("E520", f"`{output}` exists already", hint="name a folder that does not")
 
@@ -227,7 +228,7 @@ def tensors_at(site: PlannedSite, plan: Plan, loaded: Loaded) -> dict[str, Tenso
 
 def _changed(opened: _Opened, model: nn.Module, to: str, rank: int | None) -> _Opened:
     """The adapter with each of its sites as a product; copies of parameters stay as they are."""
-    aim = _target(to)
+    aim = target_of(to)
     matrices = tuple(s for s in opened.plan.sites if not s.site.at.tensor)
     _check(matrices, rank)
     products = {
@@ -252,7 +253,8 @@ def _changed(opened: _Opened, model: nn.Module, to: str, rank: int | None) -> _O
     return _Opened(loaded, plan, sites, unchanged, tuple(_notes(matrices)))
 
 
-def _target(name: str) -> low_rank.Target:
+def target_of(name: str) -> low_rank.Target:
+    """A method that adds a product of two trained factors to W. Raises ArtifactError (E523)."""
     library = Library.standard()
     method = library.method(name)
     if method is None:

@@ -108,7 +108,7 @@ def _product(form: SiteClass, values: _Values, rank: int | None) -> Product:
         dense = _dense(form)
         assert rank is not None  # what has no exact product is asked for a rank before
         assert dense is not None  # no change at all is a product of no columns
-        return _cut(values.of(dense), rank)
+        return nearest(values.of(dense), rank)
     sizes, wide = form.sizes, torch.float64
     none = torch.zeros(sizes.fan_out, 0, dtype=wide), torch.zeros(0, sizes.fan_in, dtype=wide)
     left = torch.cat([none[0], *(values.of(a) for a, _ in factors)], 1)
@@ -117,17 +117,40 @@ def _product(form: SiteClass, values: _Values, rank: int | None) -> Product:
         return Product(left, right, None)
     outer, inner = _linalg.qr(left)
     other, core = _linalg.qr(right.T)
-    small = _cut(inner @ core.T, rank)
+    small = nearest(inner @ core.T, rank)
     return Product(outer @ small.left, small.right @ other.T, small.error)
 
 
-def _cut(change: Tensor, rank: int) -> Product:
-    """The nearest product of so many columns, both factors of equal lengths."""
-    left, values, right = _linalg.svd(change, full_matrices=False)
-    root = values[:rank].sqrt()
-    length = float(values.norm())
-    error = float(values[rank:].norm()) / length if length else 0.0
-    return Product(left[:, :rank] * root, root[:, None] * right[:rank], error)
+def nearest(change: Tensor, rank: int) -> Product:
+    """The nearest product of so many columns to a matrix in float64, factors of equal lengths.
+
+    Of a large matrix the singular vectors are found by subspace iteration (Halko, Martinsson and
+    Tropp, 2011), which gives those of the `rank` largest values; the error is still measured.
+    """
+    left, values, right = _leading(change, rank)
+    root = values.sqrt()
+    total = float(change.square().sum())
+    error = max(0.0, total - float(values.square().sum())) / total if total else 0.0
+    return Product(left * root, root[:, None] * right, error**0.5)
+
+
+_SPARE, _TURNS = 16, 6
+"""How many directions more than are wanted are followed, and how often."""
+
+
+def _leading(change: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular vectors and values of the largest values, [out, rank], [rank], [rank, in]."""
+    wide = rank + _SPARE
+    if 4 * wide >= min(change.shape):
+        left, values, right = _linalg.svd(change, full_matrices=False)
+        return left[:, :rank], values[:rank], right[:rank]
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(change.shape[1], wide, generator=generator, dtype=torch.float64)
+    basis = _linalg.qr(change @ drawn)[0]
+    for _ in range(_TURNS):
+        basis = _linalg.qr(change @ _linalg.qr(change.T @ basis)[0])[0]
+    inner, values, right = _linalg.svd(basis.T @ change, full_matrices=False)
+    return (basis @ inner)[:, :rank], values[:rank], right[:rank]
 
 
 class _Values:

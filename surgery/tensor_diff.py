@@ -145,7 +145,7 @@ def _compared(name: str, a: Checkpoint, b: Checkpoint, tolerance: float | None) 
     described = (_described(one), _described(other))
     if one.shape != other.shape:
         return TensorDiff(name, "of other shape", described=described)
-    if one.dtype == other.dtype and _same_bytes(name, a, b):
+    if one.dtype == other.dtype and same_bytes(name, a, b):
         return TensorDiff(name, "equal", 0.0, 0.0, described)
     verdict: Verdict = "different" if one.dtype == other.dtype else "of other dtype"
     if one.torch_dtype is None or other.torch_dtype is None:
@@ -156,7 +156,8 @@ def _compared(name: str, a: Checkpoint, b: Checkpoint, tolerance: float | None) 
     return TensorDiff(name, verdict, absolute, relative, described)
 
 
-def _same_bytes(name: str, a: Checkpoint, b: Checkpoint) -> bool:
+def same_bytes(name: str, a: Checkpoint, b: Checkpoint) -> bool:
+    """Whether a tensor, of one dtype and shape, is the same in two checkpoints, bit by bit."""
     size = a.entry(name).bytes
     mine, other = (torch.empty(min(size, BLOCK), dtype=torch.uint8) for _ in "ab")
     for start in range(0, size, BLOCK):

@@ -69,6 +69,43 @@ def _module(reference: str, *, meta: bool, trust: bool) -> nn.Module:
     return target_of(read_model(reference, meta=meta, trust=trust), None)
 
 
+BaseArgument = Annotated[
+    str,
+    typer.Argument(metavar="BASE", help="A checkpoint: a folder or a safetensors file."),
+]
+TunedArgument = Annotated[
+    str, typer.Argument(metavar="TUNED", help="One of the same model, after training.")
+]
+MostOption = Annotated[int, typer.Option("--rank", metavar="R", help="Of each product, at most.")]
+MatchOption = Annotated[
+    str, typer.Option("--match", metavar="SELECTOR", help="Which matrices, as a spec says it.")
+]
+AimOption = Annotated[
+    str, typer.Option("--to", metavar="METHOD", help="A method that adds B @ A to W.")
+]
+
+
+def extract(
+    base: BaseArgument,
+    tuned: TunedArgument,
+    output: OutOption,
+    rank: MostOption,
+    match: MatchOption = "*",
+    to: AimOption = "lora",
+    json: JsonOption = False,
+) -> None:
+    """Write the adapter that is nearest to what changed from BASE to TUNED; no model is built."""
+    with command(json) as result, steps(1) as step:
+        from surgery.extraction import extract as extracted
+
+        def told(name: str, done: int, total: int) -> None:
+            step(f"{name} ({done} of {total})")
+
+        check_output(output, force=False)
+        made = extracted(base, tuned, output, rank=rank, match=match, to=to, progress=told)
+        result.text, result.data = str(made), made.as_json()
+
+
 ConfigArgument = Annotated[
     Path,
     typer.Argument(metavar="CONFIG", help="An adapter_config.json of peft's, or its folder."),
