@@ -39,7 +39,7 @@ class ExtractedSite:
     """One matrix that differs.
 
     rank: of the product. energy: the part of the change's squared length that it has. change: the
-    length of the change as a share of that of the base's matrix (Frobenius norms).
+    length of the change as a share of that of the longer of the two matrices (Frobenius norms).
     """
 
     path: str
@@ -187,14 +187,15 @@ class _Extracting:
         for count, site in enumerate(made.sites, 1):
             base = self._matrix(self.before, site)
             digests[site.path] = digest(base)
-            change = self._matrix(self.after, site).double() - base.double()
+            tuned = self._matrix(self.after, site).double()
+            change = tuned - base.double()
             rank = self._rank_of(site)
             one = low_rank.nearest(change, rank)
             dtype = site.form.dtype
             left = one.left / self.aim.scale(rank)
             tensors[site.adapted(self.aim.left)] = left.to(dtype).contiguous()
             tensors[site.adapted(self.aim.right)] = one.right.to(dtype).contiguous()
-            share = _length(change) / _length(base.double())
+            share = _length(change) / max(_length(base.double()), _length(tuned))
             rows.append(ExtractedSite(site.path, rank, 1 - (one.error or 0.0) ** 2, share))
             if self.progress is not None:
                 self.progress(site.path, count, len(made.sites))
