@@ -12,8 +12,13 @@ if TYPE_CHECKING:
     from surgery.allocation import allocate
     from surgery.conversion import convert
     from surgery.explanation import explain
+    from surgery.extraction import extract
+    from surgery.file_merge import merge_files, plan_files
+    from surgery.file_unmerge import unmerge_files
     from surgery.include import load
+    from surgery.inspection import inspect
     from surgery.integrations.imported import import_config
+    from surgery.tensor_diff import diff
     from surgery.verification import Verification, verify
 
 # What an import makes is there to stay, so a collection in the middle of it, over all that torch
@@ -39,12 +44,18 @@ __all__ = [
     "check",
     "compile",
     "convert",
+    "diff",
     "explain",
+    "extract",
     "import_config",
+    "inspect",
     "load",
+    "merge_files",
     "of",
     "parse",
     "plan",
+    "plan_files",
+    "unmerge_files",
     "verify",
 ]
 
@@ -53,9 +64,15 @@ __version__ = "0.1.0"
 _LATER = {
     "allocate": "surgery.allocation",
     "convert": "surgery.conversion",
+    "diff": "surgery.tensor_diff",
     "explain": "surgery.explanation",
+    "extract": "surgery.extraction",
     "import_config": "surgery.integrations.imported",
+    "inspect": "surgery.inspection",
     "load": "surgery.include",
+    "merge_files": "surgery.file_merge",
+    "plan_files": "surgery.file_merge",
+    "unmerge_files": "surgery.file_unmerge",
     "Verification": "surgery.verification",
     "verify": "surgery.verification",
 }

@@ -39,13 +39,20 @@ STAGES = (
     ("whole",),
     ("observation",),
     ("mount", "materialize"),
+    ("checksums", "precision"),
+    ("corrections", "merge_report", "located", "quantized", "quantized_files"),
+    ("merging",),
+    ("merged",),
     ("state",),
+    ("switching",),
     ("inverse",),
-    ("digests", "store"),
+    ("digests", "store", "disk", "headers"),
+    ("checkpoint",),
+    ("shards", "tensor_diff"),
     ("manifest", "remade"),
     ("artifact",),
     ("low_rank",),
-    ("twin", "tensors", "switching", "conversion"),
+    ("twin", "tensors", "conversion"),
     ("programs", "redistribution"),
     ("runtime",),
     ("allocation", "gradients"),
@@ -53,7 +60,13 @@ STAGES = (
     ("supported",),
     ("__init__",),
     ("integrations",),
-    ("compat",),
+    ("skeleton", "file_ranks", "file_places"),
+    ("folder_sites", "extraction"),
+    ("file_plan", "file_record"),
+    ("file_tensors",),
+    ("file_merge",),
+    ("file_unmerge",),
+    ("compat", "inspection"),
     ("cli",),
 )
 """The stages in the order in which a spec flows; what stands together is independent."""
@@ -69,7 +82,7 @@ BY_NAME = {
 integration, when a model or a folder asks for it; a library; and the trusted function that a
 caller names for a model or for data."""
 
-LATE = ("safetensors", "transformers", "accelerate", "typer", "rich", "einops")
+LATE = ("safetensors", "transformers", "accelerate", "bitsandbytes", "typer", "rich", "einops")
 """What `import surgery` must not import: each costs more than the package itself."""
 
 METHODS = tuple(sorted(path.stem for path in (ROOT / "specs" / "methods").glob("*.peft")))

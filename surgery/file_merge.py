@@ -1,0 +1,403 @@
+"""Adapters merged into a checkpoint on disk, tensor by tensor; the model is never built.
+
+What an adapter does not name is copied byte for byte. What it names is read, merged and written in
+blocks of rows where the method's equation allows it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from hashlib import file_digest
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import cast
+
+import torch
+
+from surgery.artifact import FILES
+from surgery.checkpoint import Checkpoint, open_checkpoint
+from surgery.checksums import machine
+from surgery.errors import refuse
+from surgery.file_plan import FilePlan, Job, check_digests, jobs_of, planned
+from surgery.file_ranks import Ranks, joined
+from surgery.file_record import (
+    ADAPTERS,
+    RECORD,
+    SIDE,
+    Side,
+    TensorRecord,
+    changed_of,
+    is_added,
+    key,
+    plain,
+    record_data,
+)
+from surgery.file_tensors import Accepted, Options, Tensors
+from surgery.folder_sites import Adapted, Wanted, adapted, named
+from surgery.headers import NAMES, Shard, make_header
+from surgery.merge_report import MergeReport, SiteMerge, Way
+from surgery.merged import Undo
+from surgery.precision import Round, Rounding
+from surgery.shards import Output
+from surgery.store import read_json
+
+Progress = Callable[[str, int, int], None]
+"""Is told what is done: a tensor's name, how many bytes are done, and of how many."""
+
+CONFIG = "config.json"
+
+WORKERS = min(2, os.cpu_count() or 1)
+"""Tensors that are merged at a time."""
+
+Adapters = str | Path | Iterable[str | Path | tuple[str | Path, float]]
+"""The folder of an adapter, or of several, each alone or with a number that it is multiplied by."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileMerge:
+    """What a merge of files wrote; `str` is a table, `as_json` plain data.
+
+    out: the folder. report: of what was merged, a row a site. whole: the tensors that were not
+    merged by rows. note: what became of an earlier run that did not end.
+    """
+
+    out: Path
+    report: MergeReport
+    plan: FilePlan
+    whole: tuple[str, ...]
+    note: str = ""
+
+    def as_json(self) -> dict[str, object]:
+        """As plain data."""
+        return {
+            "out": str(self.out),
+            "note": self.note,
+            "whole": [*self.whole],
+            **self.report.as_json(),
+        }
+
+    def __str__(self) -> str:
+        """The table of sites, then what was written."""
+        plan = self.plan
+        copied = f"{len(plan.changes)} tensors merged, {plan.copied} copied: {self.out}"
+        return "\n".join([str(self.report), copied, *filter(None, [self.note])])
+
+
+# ---------------------------------------------------------------------------------- what to do
+
+
+def wanted_of(adapters: Adapters) -> tuple[Wanted, ...]:
+    """The folders of adapters, and how much of each.
+
+    Raises ArtifactError (E552) for none, and for a number that leaves nothing of one.
+    """
+    given = [adapters] if isinstance(adapters, str | Path) else adapters
+    found: list[Wanted] = []
+    for one in given:
+        folder, factor = one if isinstance(one, tuple) else (one, 1.0)
+        if not (abs(factor) > 0 and abs(factor) < float("inf")):
+            hint = "give each adapter a number that is not 0, or leave it out"
+            refuse("E552", f"{folder} is merged {factor} times", hint=hint)
+        found.append(Wanted(Path(folder), float(factor)))
+    if not found:
+        refuse("E552", "there is no adapter to merge", hint="name the folder of one, or of several")
+    folders = [one.folder.resolve() for one in found]
+    twice = next((one for one in folders if folders.count(one) > 1), None)
+    if twice is not None:
+        refuse("E552", f"{twice} is named twice", hint="name it once, with the sum of its numbers")
+    return named(found)
+
+
+def plan_files(adapters: Adapters, model: str | Path, *, workers: int = WORKERS) -> FilePlan:
+    """What `merge_files` would do. Nothing is written; raises as it does."""
+    with open_checkpoint(model) as checkpoint:
+        found = adapted(checkpoint, wanted_of(adapters), config_of(checkpoint))
+        return planned(found, jobs_of(found), workers)
+
+
+def merge_files(
+    adapters: Adapters,
+    model: str | Path,
+    out: str | Path,
+    *,
+    undo: Undo = "exact",
+    round: Round = "nearest",
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    max_rel_err: float | None = None,
+    allow_nonfinite: bool = False,
+    workers: int = WORKERS,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> FileMerge:
+    """Merge saved adapters, ours or peft's, into a safetensors checkpoint, as a new folder.
+
+    adapters: a folder, or several; each may come with a number that it is multiplied by, and what
+        is merged is their sum. model: a folder with one safetensors file or an index of several, or
+        such a file. out: a new folder, which is there when all of it is; a run that was killed is
+        gone on with by the same call.
+    undo: `exact` keeps in the folder what `unmerge_files` makes the base's bytes of; `none` keeps
+        nothing. round, seed, max_rel_err, allow_nonfinite: as for `Inverse.merge`.
+    dtype: of the merged tensors, where it is not to be the base's.
+    workers: how many tensors are merged at a time. force: merge into another base than the adapter
+        was made on. progress: is told of each tensor that is done.
+
+    Under `torchrun` each rank merges its share of the files, and the folder is the same.
+
+    Raises, with `out` not there and the inputs as they were: ArtifactError (E520, E522, E530 to
+    E552), PlanError where an adapter does not fit, StateError (E403, E430, E431).
+    """
+    options = Options(undo, round, seed, dtype)
+    with open_checkpoint(model) as checkpoint, joined() as ranks:
+        _check_base(checkpoint)
+        found = adapted(checkpoint, wanted_of(adapters), config_of(checkpoint))
+        run = _Run(found, jobs_of(found), options, Accepted(max_rel_err, allow_nonfinite), ranks)
+        run.workers, run.progress = max(1, workers), progress
+        run.sources = [checkpoint.folder] if Path(model).is_dir() else []
+        if not force and ranks.first:
+            with TemporaryDirectory() as scratch:
+                check_digests(found, Path(scratch))
+        return run.write(Path(out))
+
+
+def _check_base(checkpoint: Checkpoint) -> None:
+    if any(path.as_posix() == RECORD for path in checkpoint.others):
+        refuse(
+            "E551",
+            f"{checkpoint.folder} is a merged folder already",
+            hint="`surgery unmerge` it first, or merge all adapters at once; to merge on what is "
+            f"merged, and have no way back, remove its {RECORD}",
+        )
+
+
+def config_of(checkpoint: Checkpoint) -> dict[str, object]:
+    """The config.json beside a checkpoint as plain data; empty if there is none."""
+    if not any(path.as_posix() == CONFIG for path in checkpoint.others):
+        return {}
+    return read_json(checkpoint.folder / CONFIG)
+
+
+# --------------------------------------------------------------------------------------- doing
+
+
+class _Run:
+    """One merge of files."""
+
+    def __init__(
+        self,
+        found: Adapted,
+        jobs: Mapping[str, Job],
+        options: Options,
+        accepted: Accepted,
+        ranks: Ranks,
+    ) -> None:
+        self.found, self.jobs, self.options = found, jobs, options
+        self.accepted, self.ranks = accepted, ranks
+        self.sources: list[Path] = []
+        self.workers, self.done = 1, 0
+        self.progress: Progress | None = None
+        self.total = sum(shard.size for shard in found.checkpoint.shards.values())
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self.found.checkpoint
+
+    def write(self, out: Path) -> FileMerge:
+        ranks, output = self.ranks, None
+        inputs, sources = self._inputs(), [*self.sources, *self._folders()]
+        with ranks.together():
+            output = Output(out, inputs, sources) if ranks.first else None
+        output = output or Output(out, inputs, sources, joins=True)
+        with output:
+            with ranks.together():
+                sizes = [(name, shard.size) for name, shard in self.checkpoint.shards.items()]
+                for name in sorted(ranks.share(sizes)):
+                    self._shard(name, output)
+                self.checkpoint.check_unchanged()
+            records = self._records(output)
+            with ranks.together():
+                if ranks.first:
+                    self._beside(output)
+                    output.finish()
+        plan = planned(self.found, self.jobs, self.workers)
+        whole = tuple(one.tensor for one in records if not one.by_rows)
+        return FileMerge(out, reported(records, self.found), plan, whole, output.note)
+
+    def _folders(self) -> Iterator[Path]:
+        return (adapter.wanted.folder for adapter in self.found.adapters)
+
+    def _inputs(self) -> dict[str, object]:
+        """All that the result depends on."""
+        stated: dict[str, object] = {}
+        for adapter in self.found.adapters:
+            files = {path.name: _digest(path) for path in _own_files(adapter.wanted.folder)}
+            stated[adapter.wanted.name] = [adapter.wanted.factor, files]
+        own = {**self.options.as_json(), "workers": None}
+        return {"base": self.checkpoint.fingerprint(), "adapters": stated, "options": own}
+
+    # ------------------------------------------------------------------------------- shards
+
+    def _shard(self, name: str, output: Output) -> None:
+        """One file of tensors, and what is kept beside it."""
+        shard = self.checkpoint.shards[name]
+        jobs = {n: job for n, job in self.jobs.items() if n in shard.entries}
+        keeps = bool(jobs) and self.options.undo == "exact"
+        if output.done(name) and (not keeps or output.done(SIDE + name)):
+            self._tell(name, shard.size)
+            return
+        header = self._header(shard, jobs)
+        with Side(output.partial) as side:
+            with output.shard(name, header) as writer:
+                tensors = Tensors(
+                    self.found, self.options, self.accepted, side, writer, output.partial
+                )
+
+                def one(entry_name: str) -> TensorRecord | None:
+                    entry = shard.entries[entry_name]
+                    record = tensors.copy(entry) if entry_name not in jobs else None
+                    if entry_name in jobs:
+                        record = tensors.merge(jobs[entry_name])
+                    self._tell(entry_name, entry.bytes)
+                    return record
+
+                records = self._all(one, [*shard.entries])
+                writer.facts["changed"] = [plain(r) for r in records if r is not None]
+                if keeps and header != shard.header:
+                    writer.facts["header"] = True
+                    side.add(key("", None, "header"), [shard.header])
+            if keeps:
+                side.save(output, SIDE + name)
+
+    def _header(self, shard: Shard, jobs: Mapping[str, Job]) -> bytes:
+        dtype = self.options.dtype
+        if dtype is None or not any(_cast(job, dtype) for job in jobs.values()):
+            return shard.header
+        rows = (
+            (e.name, NAMES[dtype] if n in jobs and _cast(jobs[n], dtype) else e.dtype, e.shape)
+            for n, e in shard.entries.items()
+        )
+        return make_header(rows, shard.metadata)
+
+    def _all(
+        self, one: Callable[[str], TensorRecord | None], names: Sequence[str]
+    ) -> list[TensorRecord | None]:
+        """Every tensor of a file, several at a time; the first that fails ends it."""
+        if self.workers == 1:
+            return [*map(one, names)]
+        with ThreadPoolExecutor(self.workers) as pool:
+            futures = [pool.submit(one, name) for name in names]
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            if any(future.exception() for future in done):
+                pool.shutdown(cancel_futures=True)
+            return [future.result() for future in futures if not future.cancelled()]
+
+    def _tell(self, name: str, count: int) -> None:
+        self.done += count
+        if self.progress is not None:
+            self.progress(name, min(self.done, self.total), self.total)
+
+    # ------------------------------------------------------------------------------- the rest
+
+    def _records(self, output: Output) -> list[TensorRecord]:
+        return [r for name in self.checkpoint.shards for r in changed_of(output.facts(name))]
+
+    def _beside(self, output: Output) -> None:
+        """All files but those of tensors."""
+        config, index = self._config(), self._index()
+        for path in self.checkpoint.others:
+            if not is_added(path.as_posix()) and not (config and path.as_posix() == CONFIG):
+                output.copy_file(self.checkpoint.folder / path, path.as_posix())
+        before: dict[str, str | None] = {}
+        if self.checkpoint.index is not None:
+            own = self.checkpoint.folder / self.checkpoint.index
+            output.write(self.checkpoint.index, index or own.read_bytes())
+            before["index"] = own.read_text(encoding="utf-8") if index else None
+        if config:
+            before["config"] = (self.checkpoint.folder / CONFIG).read_text(encoding="utf-8")
+            output.write(CONFIG, config)
+        if self.options.undo != "exact":
+            return
+        for adapter in self.found.adapters:
+            for path in _own_files(adapter.wanted.folder):
+                output.copy_file(path, f"{ADAPTERS}{adapter.wanted.name}/{path.name}")
+        facts = {name: output.facts(name) for name in self.checkpoint.shards}
+        changed = {name: own for name, own in facts.items() if own.get("changed")}
+        factors = {a.wanted.name: a.wanted.factor for a in self.found.adapters}
+        data = record_data(changed, factors, machine(), before, self.options.as_json())
+        output.write(RECORD, (json.dumps(data, indent=1) + "\n").encode())
+
+    def _index(self) -> bytes | None:
+        """The index, where its tensors are of another size together; None where it stays."""
+        dtype, name = self.options.dtype, self.checkpoint.index
+        if name is None or dtype is None or not any(_cast(j, dtype) for j in self.jobs.values()):
+            return None
+        data = (self.checkpoint.folder / name).read_bytes()
+        stated = cast("dict[str, object]", json.loads(data))
+        total = sum(
+            e.bytes // (e.torch_dtype or torch.uint8).itemsize * dtype.itemsize
+            if n in self.jobs and _cast(self.jobs[n], dtype)
+            else e.bytes
+            for n, e in self.checkpoint.tensors.items()
+        )
+        metadata = stated.get("metadata")
+        if isinstance(metadata, dict):
+            stated["metadata"] = {**cast("dict[str, object]", metadata), "total_size": total}
+        return (json.dumps(stated, indent=2) + "\n").encode()
+
+    def _config(self) -> bytes | None:
+        """The config, where it says of weights that they are tied, and one of them is changed."""
+        config = config_of(self.checkpoint)
+        if not self.found.unties or not config:
+            return None
+        nested = {n: _untied(v) for n, v in config.items()}
+        return (json.dumps(_untied(nested), indent=2) + "\n").encode()
+
+
+def _untied(value: object) -> object:
+    if not isinstance(value, dict) or "tie_word_embeddings" not in value:
+        return cast(object, value)
+    return {**cast("dict[str, object]", value), "tie_word_embeddings": False}
+
+
+def _cast(job: Job, dtype: torch.dtype) -> bool:
+    """Whether a tensor gets another dtype."""
+    own = job.entry.torch_dtype
+    return own is not None and own.is_floating_point and own != dtype
+
+
+def _own_files(folder: Path) -> list[Path]:
+    return [folder / name for name in sorted(FILES) if (folder / name).is_file()]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
+def reported(records: Iterable[TensorRecord], found: Adapted) -> MergeReport:
+    """What was merged, a row a site; sites that are one tensor share what is kept of it."""
+    rounding: dict[str, Rounding] = {}
+    ways: dict[str, Way] = {}
+    kept: dict[str, int] = {}
+    size: dict[str, int] = {}
+    for record in records:
+        width = found.checkpoint.entry(record.tensor).torch_dtype
+        paths = dict.fromkeys(one.site for one in record.matrices)
+        for one in record.matrices:
+            rounding[one.site] = rounding.get(one.site, Rounding()) + one.rounding
+            count = one.rounding.elements * (1 if width is None else width.itemsize)
+            size[one.site] = size.get(one.site, 0) + count
+        for path in paths:
+            both: tuple[Way, ...] = (ways.get(path, "nothing"), record.way)
+            ways[path] = max(both, key=_WAYS.index)
+            kept[path] = kept.get(path, 0) + record.kept // len(paths)
+    return MergeReport(
+        tuple(SiteMerge(p, rounding[p], ways[p], kept[p], size[p]) for p in rounding)
+    )
+
+
+_WAYS: tuple[Way, ...] = ("nothing", "base", "corrections")
