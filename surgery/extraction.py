@@ -86,14 +86,14 @@ def extract(
     *,
     rank: int,
     match: str = "*",
-    to: str = "lora",
+    to: str | None = None,
     progress: Progress | None = None,
 ) -> Extraction:
     """Write the adapter that comes nearest to what changed from one checkpoint to another.
 
     base, tuned: folders with safetensors, or such files, whose tensors have the same names. rank:
     of each product, at most. match: of a spec, which matrices may differ. to: a method that adds a
-    product of two trained factors to W. Both checkpoints are read one matrix at a time, which is in
+    product of two trained factors to W; by default the first of those that formats spell. Both checkpoints are read one matrix at a time, which is in
     float64 then. What a layer is, a checkpoint does not say: that a weight is a table of embeddings
     or lies as [in, out] is told by its name and by config.json.
     Raises ArtifactError: E520 if `out` has files already, E523 for a method of another kind, E530
@@ -105,7 +105,7 @@ def extract(
         refuse("E523", f"there is no product of rank {rank}", hint="a rank is 1 or more")
     with open_checkpoint(base) as before, open_checkpoint(tuned) as after:
         _check(before, after, str(base), str(tuned))
-        return _Extracting(before, after, target_of(to), rank, progress).write(Path(out), match)
+        return _Extracting(before, after, target_of(to or _first()), rank, progress).write(Path(out), match)
 
 
 def _check(before: Checkpoint, after: Checkpoint, base: str, tuned: str) -> None:
@@ -120,6 +120,14 @@ def _check(before: Checkpoint, after: Checkpoint, base: str, tuned: str) -> None
             message = f"`{name}` is {shapes[0]} in {base}, and {shapes[1]} in {tuned}"
             report.error("E540", message, hint="name two checkpoints of the same model")
     report.stop()
+
+
+def _first() -> str:
+    """Of the methods that add just any product, the one that formats spell first."""
+    library = Library.standard()
+    spelled = sorted(library.all_formats(), key=lambda form: form.span.start)
+    methods = ((form.method, library.method(form.method)) for form in spelled)
+    return next(n for n, m in methods if m is not None and low_rank.target(m) is not None)
 
 
 class _Extracting:

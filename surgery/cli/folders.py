@@ -81,7 +81,7 @@ MatchOption = Annotated[
     str, typer.Option("--match", metavar="SELECTOR", help="Which matrices, as a spec says it.")
 ]
 AimOption = Annotated[
-    str, typer.Option("--to", metavar="METHOD", help="A method that adds B @ A to W.")
+    str | None, typer.Option("--to", metavar="METHOD", help="A method that adds B @ A to W.")
 ]
 
 
@@ -91,7 +91,7 @@ def extract(
     output: OutOption,
     rank: MostOption,
     match: MatchOption = "*",
-    to: AimOption = "lora",
+    to: AimOption = None,
     json: JsonOption = False,
 ) -> None:
     """Write the adapter that is nearest to what changed from BASE to TUNED; no model is built."""
