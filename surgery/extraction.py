@@ -93,8 +93,8 @@ def extract(
 
     base, tuned: folders with safetensors, or such files, whose tensors have the same names. rank:
     of each product, at most. match: of a spec, which matrices may differ. to: a method that adds a
-    product of two trained factors to W; by default the first of those that formats spell. Both checkpoints are read one matrix at a time, which is in
-    float64 then. What a layer is, a checkpoint does not say: that a weight is a table of embeddings
+    product of two trained factors to W; by default the first of those that formats spell. Both
+    checkpoints are read one matrix at a time, which is in float64 then. What a layer is, a checkpoint does not say: that a weight is a table of embeddings
     or lies as [in, out] is told by its name and by config.json.
     Raises ArtifactError: E520 if `out` has files already, E523 for a method of another kind, E530
     to E532 for a checkpoint, E540 where nothing can be compared or nothing differs; SelectionError
@@ -105,7 +105,8 @@ def extract(
         refuse("E523", f"there is no product of rank {rank}", hint="a rank is 1 or more")
     with open_checkpoint(base) as before, open_checkpoint(tuned) as after:
         _check(before, after, str(base), str(tuned))
-        return _Extracting(before, after, target_of(to or _first()), rank, progress).write(Path(out), match)
+        aim = target_of(to or _first())
+        return _Extracting(before, after, aim, rank, progress).write(Path(out), match)
 
 
 def _check(before: Checkpoint, after: Checkpoint, base: str, tuned: str) -> None:
