@@ -94,8 +94,9 @@ def extract(
     base, tuned: folders with safetensors, or such files, whose tensors have the same names. rank:
     of each product, at most. match: of a spec, which matrices may differ. to: a method that adds a
     product of two trained factors to W; by default the first of those that formats spell. Both
-    checkpoints are read one matrix at a time, which is in float64 then. What a layer is, a checkpoint does not say: that a weight is a table of embeddings
-    or lies as [in, out] is told by its name and by config.json.
+    checkpoints are read one matrix at a time, which is in float64 then. What a layer is, a
+    checkpoint does not say: that a weight is a table of embeddings or lies as [in, out] is told by
+    its name and by config.json.
     Raises ArtifactError: E520 if `out` has files already, E523 for a method of another kind, E530
     to E532 for a checkpoint, E540 where nothing can be compared or nothing differs; SelectionError
     for a `match` that finds nothing.
