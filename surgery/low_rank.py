@@ -129,9 +129,9 @@ def nearest(change: Tensor, rank: int) -> Product:
     """
     left, values, right = _leading(change, rank)
     root = values.sqrt()
-    total = float(change.square().sum())
-    error = max(0.0, total - float(values.square().sum())) / total if total else 0.0
-    return Product(left * root, root[:, None] * right, error**0.5)
+    found = Product(left * root, root[:, None] * right, None)
+    total, rest = (float(m.square().sum()) for m in (change, change - found.left @ found.right))
+    return Product(found.left, found.right, (rest / total) ** 0.5 if total else 0.0)
 
 
 _SPARE, _TURNS = 16, 6

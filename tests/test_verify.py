@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from support import Held
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -43,10 +44,10 @@ def x() -> Tensor:
 
 def verified(spec: str, model: nn.Module | None = None, **options: Any) -> Verification:
     model = model or Net()
-    before = {n: (id(p), p.requires_grad) for n, p in model.named_parameters()}
+    before = {n: (Held(p), p.requires_grad) for n, p in model.named_parameters()}
     modules = [(n, type(m), sorted(vars(m))) for n, m in modules_of(model)]
     seen = surgery.verify(spec, model, lambda m: m(x()), **options)
-    assert {n: (id(p), p.requires_grad) for n, p in model.named_parameters()} == before
+    assert {n: (Held(p), p.requires_grad) for n, p in model.named_parameters()} == before
     assert [(n, type(m), sorted(vars(m))) for n, m in modules_of(model)] == modules
     assert all(p.grad is None for p in model.parameters())
     assert not any(vars(m)["_forward_pre_hooks"] for m in model.modules())
