@@ -14,7 +14,16 @@ from torch import Tensor
 Round = Literal["nearest", "stochastic"]
 
 _PIECE = 2**17
-"""Elements that are worked on at a time: 1 MiB in float64 stays in a processor's cache."""
+"""Elements that a thread works on at a time: 1 MiB in float64 stays in a cache."""
+
+_AWAY = 2**22
+"""Elements that are worked on at a time on another device, where each step waits for the last."""
+
+_DRAWN = 2**18
+"""Elements for which there are draws at a time, which must not depend on how many threads are."""
+
+_LOW = (1 << 29) - 1
+"""The bits of a float64's mantissa that a float32 has no room for."""
 
 
 # ------------------------------------------------------------------------------------ rounding
@@ -40,10 +49,26 @@ def rounded(
     if dtype == torch.float64:
         return values.to(exact.device)
     found = torch.empty(values.shape, dtype=dtype, device=values.device)
-    parts = zip(_pieces(values), _pieces(found), strict=True)
-    for one, into in parts:
-        into.copy_(_nearest(one, dtype) if how == "nearest" else _drawn(one, dtype, generator))
+    if dtype == torch.float32 and how == "nearest":
+        return found.copy_(values).to(exact.device)
+    if how == "nearest":
+        size = _size(values)
+        room = torch.empty(min(size, values.numel()), dtype=torch.int64, device=values.device)
+        for one, into in zip(_pieces(values, size), _pieces(found, size), strict=True):
+            _round(one, into, room[: len(one)])
+    else:
+        for one, into in zip(_pieces(values, _DRAWN), _pieces(found, _DRAWN), strict=True):
+            into.copy_(_drawn(one, dtype, generator))
     return found.to(exact.device)
+
+
+def _size(values: Tensor) -> int:
+    return _PIECE * torch.get_num_threads() if values.is_cpu else _AWAY
+
+
+def _pieces(tensor: Tensor, size: int) -> Iterator[Tensor]:
+    """The elements in order; parts of the tensor itself where it is contiguous."""
+    return iter(torch.split(tensor.detach().reshape(-1), size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +87,9 @@ class _Format:
     beyond: float | None
 
     @property
-    def tie(self) -> int:
-        """Bits of a float32 that are all zero in whatever lies midway between two numbers."""
-        return (1 << max(0, 22 - self.mantissa)) - 1
+    def deep(self) -> bool:
+        """Whether it has numbers that are subnormal in float32."""
+        return self.least <= torch.finfo(torch.float32).tiny
 
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
@@ -91,38 +116,44 @@ def _beyond(dtype: torch.dtype) -> float:
     return limit if code % 2 else math.nextafter(limit, math.inf)
 
 
-def _nearest(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """The nearest numbers of a dtype, without rounding twice.
+def _round(exact: Tensor, into: Tensor, room: Tensor) -> None:
+    """Write the nearest numbers of a narrow dtype, without rounding twice; all [n].
 
-    The conversion of float64 goes through float32. That is as good as once, except where float32
-    gives what lies midway between two numbers and was not there: few, which are converted again
-    from the neighbour in float32 that has its last bit set (rounding to odd).
+    The conversion of float64 goes through float32. So all bits that a float32 has no room for are
+    gathered in its last one (rounding to odd): none that was not midway between two numbers of the
+    dtype is then. room: int64 [n], for what is between.
     """
-    single = exact.float()
-    if dtype == torch.float32:
-        return single
-    form = _format(dtype)
-    found = single.to(dtype)
-    doubtful = ((single.view(torch.int32) & form.tie) - 1) >> 31  # -1 where it is zero
-    places = doubtful.nonzero().view(-1)
-    if places.numel() > exact.numel() // 64:  # weights that stay as they are
-        inexact = (single.double() - exact).nonzero().view(-1)
-        places = inexact[doubtful[inexact] < 0]
-    if places.numel():
-        found[places] = _odd(exact[places], single[places]).to(dtype)
+    bits, form = exact.view(torch.int64), _format(into.dtype)
+    torch.bitwise_and(bits, _LOW, out=room)
+    room.add_(_LOW).bitwise_or_(bits).bitwise_and_(~_LOW)
+    odd = room.view(torch.float64)
     if form.beyond is not None:
-        found = torch.where(exact.abs() < form.beyond, found, torch.nan)
+        odd.masked_fill_(exact.abs() >= form.beyond, torch.nan)
+    into.copy_(odd)
+    if form.deep:
+        _round_deep(exact, into, form)
+
+
+def _round_deep(exact: Tensor, into: Tensor, form: _Format) -> None:
+    """Write again, as multiples of their unit, those numbers that are subnormal in float32."""
+    magnitudes = into.view(form.bits) & torch.iinfo(form.bits).max
+    if not exact.numel() or int(magnitudes.amin()) > 1 << form.mantissa:
+        return
+    wide = exact.abs()
+    places = ((wide > 0) & (wide <= form.least)).nonzero().view(-1)
+    if places.numel():
+        scale = 2.0**form.mantissa / form.least
+        there = exact.index_select(0, places).mul_(scale).round_().div_(scale)
+        into.index_copy_(0, places, there.to(into.dtype))
+
+
+def _nearest(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest numbers of a dtype [n]."""
+    if dtype == torch.float32:
+        return exact.float()
+    found = torch.empty(exact.shape, dtype=dtype, device=exact.device)
+    _round(exact, found, torch.empty_like(exact, dtype=torch.int64))
     return found
-
-
-def _odd(exact: Tensor, single: Tensor) -> Tensor:
-    """float32 next to float64: itself if it is equal, else the neighbour whose last bit is set."""
-    bits = single.view(torch.int32)
-    wide = single.double()
-    even = (wide != exact) & (bits & 1 == 0) & exact.isfinite()
-    outward = exact.abs() > wide.abs()
-    step = torch.where(outward, 1, -1).to(torch.int32)
-    return (bits + step * even).view(torch.float32)
 
 
 def _drawn(exact: Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
@@ -227,47 +258,45 @@ def measured(exact: Tensor, rounded: Tensor, base: Tensor) -> Rounding:
     The three have one shape, and may be on any device and of any strides.
     """
     if exact.dtype != torch.float64:
-        exact = exact.cpu()
-    device = exact.device
+        exact = exact.to("cpu", torch.float64)
+    size, device = _size(exact), exact.device
+    room = torch.empty(min(size, exact.numel()), dtype=torch.float64, device=device)
     found = Rounding()
-    for one in zip(_pieces(exact), _pieces(rounded), _pieces(base), strict=True):
-        wide, narrow, own = (part.to(device).to(torch.float64) for part in one)
-        found += _measured(wide, narrow, own)
+    for one in zip(*(_pieces(t, size) for t in (exact, rounded, base)), strict=True):
+        wide, narrow, own = (part.to(device) for part in one)
+        found += _measured(wide, narrow, own, room[: len(wide)])
     return found
 
 
-def _pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """The elements in order; parts of the tensor itself where it is contiguous."""
-    return iter(torch.split(tensor.detach().reshape(-1), _PIECE))
-
-
-def _measured(exact: Tensor, rounded: Tensor, base: Tensor) -> Rounding:
+def _measured(exact: Tensor, rounded: Tensor, base: Tensor, room: Tensor) -> Rounding:
+    """Of float64 and what is of any dtype; all [n], and `room` float64, for what is between."""
     count = exact.numel()
     if not count:
         return Rounding()
-    error = rounded - exact
+    error = room.copy_(rounded).sub_(exact)
     squared = float(torch.dot(error, error))
     if math.isfinite(squared):  # so all of both are finite: the common case, in few passes
-        return _finite(exact, error, base, squared)
-    before, after = exact.isfinite(), rounded.isfinite()
+        return _finite(exact, _most(error), squared, room.copy_(base).sub_(exact))
+    before, after = exact.isfinite(), rounded.double().isfinite()
     both = before & after
     nonfinite = count - int(before.sum())
     overflowed = int((before & ~after).sum())
-    error = error[both]
+    exact, error, own = exact[both], error[both], base[both]
+    others = Rounding(elements=count - len(exact), overflowed=overflowed, nonfinite=nonfinite)
+    if not len(exact):
+        return others
     squared = float(torch.dot(error, error))
-    found = _finite(exact[both], error, base[both], squared) if error.numel() else Rounding()
-    others = count - error.numel()
-    return found + Rounding(elements=others, overflowed=overflowed, nonfinite=nonfinite)
+    return others + _finite(exact, _most(error), squared, exact - own)
 
 
-def _finite(exact: Tensor, error: Tensor, base: Tensor, squared: float) -> Rounding:
-    change = exact - base
+def _finite(exact: Tensor, error: float, squared: float, change: Tensor) -> Rounding:
+    """Of elements that are finite, but perhaps for the base; error: the largest."""
     moved = float(torch.dot(change, change))
     if not math.isfinite(moved):  # of a base that is not finite
         change = change[change.isfinite()]
         moved = float(torch.dot(change, change))
     return Rounding(
-        error=_most(error),
+        error=error,
         largest=_most(exact),
         elements=exact.numel(),
         squared_error=squared,

@@ -40,6 +40,7 @@ STAGES = (
     ("observation",),
     ("mount", "materialize"),
     ("checksums", "precision"),
+    ("streams",),
     ("corrections", "merge_report", "located", "quantized", "quantized_files"),
     ("merging",),
     ("merged",),

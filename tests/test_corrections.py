@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import surgery.corrections as corrections
+import surgery.streams as streams
 from surgery.checksums import bytes_of
 from surgery.corrections import packed, unpacked
 
@@ -121,7 +122,7 @@ def test_how_a_tensor_lies_makes_no_difference() -> None:
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_samples_that_deceive(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the elements that are looked at are alike, and others are of every size."""
-    monkeypatch.setattr(corrections, "SAMPLE", 7)
+    monkeypatch.setattr(streams, "SAMPLE", 7)
     generator = torch.Generator().manual_seed(13)
     found = torch.zeros(7 * 60, dtype=dtype)
     bases = [drawn(generator, dtype, 7 * 60) for _ in range(4)]
@@ -132,7 +133,7 @@ def test_samples_that_deceive(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatc
     def smallest(_: Tensor) -> int:
         return 3
 
-    monkeypatch.setattr(corrections, "_digit_kind", smallest)
+    monkeypatch.setattr(streams, "_digit_kind", smallest)
     for base in bases:
         agrees(base, found, found)
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import surgery.precision as precision
 from surgery.precision import Rounding, measured, rounded
 
 EIGHT = (
@@ -122,6 +123,37 @@ def test_weights_that_stay_as_they_are() -> None:
     exact = every.double().repeat(3)
     exact[:100] = exact[:100].nextafter(wide(1.0))
     assert torch.equal(rounded(exact, torch.float16), every.repeat(3))
+
+
+def test_zeros_and_what_is_subnormal_beside_others() -> None:
+    """Numbers that are subnormal in float32 too, among some that are not and many zeros."""
+    unit = 2.0**-133
+    exact = wide(0.0, -0.0, 1.0, 2.5 * unit, 3.5 * unit, -0.5 * unit, 0.5001 * unit, -1e-320)
+    found = rounded(exact.repeat(5), torch.bfloat16).double()
+    expected = wide(0.0, -0.0, 1.0, 2 * unit, 4 * unit, -0.0, unit, -0.0)
+    assert same(found, expected.repeat(5))
+
+
+@pytest.mark.parametrize("dtype", [*NARROW, torch.float32], ids=str)
+def test_many_elements_are_rounded_and_measured_in_pieces(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(5)
+    exact = torch.randn(13, 17, generator=generator, dtype=torch.float64)
+    base = exact.bfloat16()
+    whole = rounded(exact, dtype)
+    for name in ("_PIECE", "_DRAWN"):
+        monkeypatch.setattr(precision, name, 61)
+    assert torch.equal(rounded(exact, dtype).double(), whole.double())
+    drawn = rounded(exact, dtype, "stochastic", generator).double()
+    assert ((drawn - exact).abs() <= 2 * torch.finfo(dtype).eps * exact.abs() + 2e-3).all()
+    found, one = (
+        measured(exact, whole, base),
+        plainly(exact.view(-1), whole.view(-1), base.view(-1)),
+    )
+    assert (found.error, found.largest, found.elements) == (one.error, one.largest, 221)
+    assert found.squared_error == pytest.approx(one.squared_error, rel=1e-12)
+    assert found.squared_change == pytest.approx(one.squared_change, rel=1e-12)
 
 
 # ---------------------------------------------------------------------------------- by chance
