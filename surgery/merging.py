@@ -17,6 +17,7 @@ from torch import Tensor
 from surgery.algebra.derive import Derived, witness_leaf
 from surgery.algebra.expr import BIAS, MERGED, WEIGHT, Expr
 from surgery.algebra.interpret import Domain
+from surgery.algebra.products import BITS
 from surgery.algebra.rows import RowEvaluator, by_rows, step
 from surgery.algebra.rules import is_zero
 from surgery.checksums import Checksum
@@ -62,18 +63,17 @@ class Leaves:
                 assert self.bias is not None, expr.op
                 return self.bias.detach().to(self.device)
 
-    def wide(self, value: Tensor) -> Tensor:
-        """A tensor in float64, where it is computed with."""
-        return value.detach().to(self.device, torch.float64)
-
-    def evaluator(self, reproducible: bool, witnesses: Mapping[str, Tensor]) -> RowEvaluator:
+    def evaluator(
+        self, reproducible: bool, witnesses: Mapping[str, Tensor], bits: int = BITS
+    ) -> RowEvaluator:
         """Of the site's equations; what is made of parameters alone is made once."""
         anchor = torch.zeros((), dtype=torch.float64, device=self.device)
 
         def leaf(expr: Expr) -> Tensor:
             return witnesses[expr.text("name")] if expr.op == "witness" else self.leaf(expr)
 
-        return RowEvaluator(Domain(self.site.form.names, leaf, lambda: anchor), reproducible)
+        domain = Domain(self.site.form.names, leaf, lambda: anchor)
+        return RowEvaluator(domain, reproducible, bits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +112,33 @@ class MergedMatrix:
     witnesses: Mapping[str, Tensor]
     bias: Tensor | None
     packed: Packed | None
+
+
+class Wide:
+    """Rows in float64, block after block in the same memory, where results may overwrite them."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        """On the device to compute on."""
+        self._room = torch.empty((0,), dtype=torch.float64, device=device)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """The rows, valid until the next."""
+        if self._room.numel() < rows.numel():
+            self._room = self._room.new_empty((rows.numel(),))
+        return self._room[: rows.numel()].view(rows.shape).copy_(rows.detach())
+
+
+def bits_of(base: torch.dtype) -> int:
+    """Of the operands of products on the way back to a base of a dtype, see `rows.RowEvaluator`.
+
+    So many more than the base's own significand has that hardly an element is rounded otherwise;
+    with 24, a product of up to 32 terms is one exact product. With other bits the inverse gives
+    other rows: these numbers belong to the format of what is kept, and may not change.
+    """
+    return _BITS_OF.get(base, 34)
+
+
+_BITS_OF = {torch.bfloat16: 24, torch.float64: BITS}
 
 
 # ------------------------------------------------------------------------------------- blocks
@@ -170,17 +197,18 @@ def merge(leaves: Leaves, read: Read, write: Write, how: How, *, keep: bool) -> 
     """
     derived = leaves.derived
     assert derived.still is not None
-    values = leaves.evaluator(False, {})
+    values, wide = leaves.evaluator(False, {}), Wide(leaves.device)
     vectors: dict[Expr, list[Tensor]] = {leaf: [] for leaf in _vectors(derived)}
+    roots = (*_vectors(derived).values(), derived.still.weight)
     kept, rounding = _Keeping(leaves), Rounding()
     for start, stop in blocks(leaves.site):
         base = read(start, stop)
-        own = {WEIGHT: leaves.wide(base)}
-        for leaf, expr in _vectors(derived).items():
-            vectors[leaf].append(values.rows(expr, start, stop, own))
+        own = {WEIGHT: wide(base)}
+        *beside, exact = values.all_rows(roots, start, stop, own, spent=True)
+        for parts, part in zip(vectors.values(), beside, strict=True):
+            parts.append(part.clone())  # it may lie in the rows of W
         if derived.still.weight is WEIGHT:
             continue
-        exact = values.rows(derived.still.weight, start, stop, own)
         merged = rounded(exact, how.dtype, how.round, how.generator)
         rounding += measured(exact, merged, base)
         write(start, stop, merged)
@@ -196,11 +224,11 @@ def bias_of(leaves: Leaves, read: Read | None) -> Tensor:
     """The merged bias [out] of a matrix alone, in float64. read: None where no row of W is read."""
     still = leaves.derived.still
     assert still is not None
-    values = leaves.evaluator(False, {})
+    values, wide = leaves.evaluator(False, {}), Wide(leaves.device)
     parts: list[Tensor] = []
     for start, stop in blocks(leaves.site):
-        own = {} if read is None else {WEIGHT: leaves.wide(read(start, stop))}
-        parts.append(values.rows(still.bias, start, stop, own))
+        own = {} if read is None else {WEIGHT: wide(read(start, stop))}
+        parts.append(values.rows(still.bias, start, stop, own).clone())
     return _joined(parts)
 
 
@@ -212,8 +240,9 @@ class _Keeping:
     """Gathers, block by block, what leads back from merged rows to the base's."""
 
     def __init__(self, leaves: Leaves) -> None:
+        self._leaves = leaves
         self._witnesses: dict[str, Tensor] = {}
-        self._back = _Back(leaves, self._witnesses)
+        self._back: Back | None = None
         self._base, self._merged = Checksum(), Checksum()
         self._blocks: list[tuple[int, int, bytes]] = []
         self._dtype: torch.dtype | None = None
@@ -224,7 +253,9 @@ class _Keeping:
         """The rows from one to before another, as they were and as they were written."""
         kept = {leaf: value for leaf, value in vectors.items() if leaf.op == "witness"}
         self._witnesses |= {leaf.text("name"): value for leaf, value in kept.items()}
-        found = self._back.rows(*rows, merged, base.dtype, kept)
+        if self._back is None:
+            self._back = Back(self._leaves, self._witnesses, base.dtype)
+        found = self._back.rows(*rows, merged, kept)
         self._blocks.append((*rows, packed(base, found, _beside(merged, found))))
         self._base.add(base)
         self._merged.add(merged)
@@ -242,35 +273,40 @@ class _Keeping:
 # -------------------------------------------------------------------------------------- back
 
 
-class _Back:
+class Back:
     """What the inverse gives for merged rows: the same bits here and on any other machine."""
 
-    def __init__(self, leaves: Leaves, witnesses: Mapping[str, Tensor]) -> None:
-        self._leaves = leaves
-        self._values = leaves.evaluator(True, witnesses)
+    def __init__(self, leaves: Leaves, witnesses: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        """To a base of a dtype."""
+        self._back, self._dtype = leaves.derived.inverse.weight, dtype
+        self._values = leaves.evaluator(True, witnesses, bits_of(dtype))
+        self._wide = Wide(leaves.device)
 
     def rows(
-        self,
-        start: int,
-        stop: int,
-        merged: Tensor,
-        dtype: torch.dtype,
-        own: Mapping[Expr, Tensor],
+        self, start: int, stop: int, merged: Tensor, own: Mapping[Expr, Tensor] | None = None
     ) -> Tensor:
         """Rows in the base's dtype, on the merged rows' device; themselves if nothing leads back.
 
         own: such rows of the witnesses, where they are not yet known whole.
         """
-        back = self._leaves.derived.inverse.weight
-        if back is None:
-            return merged.to(dtype)
-        rows = {**own, MERGED: self._leaves.wide(merged)}
+        exact = self.exact(start, stop, merged, own)
+        return merged.to(self._dtype) if exact is None else rounded(exact, self._dtype)
+
+    def exact(
+        self, start: int, stop: int, merged: Tensor, own: Mapping[Expr, Tensor] | None = None
+    ) -> Tensor | None:
+        """The rows before they are rounded, valid until the next."""
+        if self._back is None:
+            return None
+        wide = self._wide(merged)
+        rows = {**(own or {}), MERGED: wide}
         try:
-            exact = self._values.rows(back, start, stop, rows)
+            (made,) = self._values.all_rows((self._back,), start, stop, rows, spent=True)
         except RuntimeError:  # of a singular matrix, which it is each time
-            return merged.to(dtype)
+            return None
         # What is no number has bits that depend on the processor.
-        return rounded(exact.nan_to_num(0.0, torch.inf, -torch.inf), dtype, "nearest", None)
+        room = wide if made.is_contiguous() else None
+        return torch.nan_to_num(made, 0.0, torch.inf, -torch.inf, out=room)
 
 
 def _beside(merged: Tensor, found: Tensor) -> Tensor:
@@ -286,11 +322,11 @@ def unmerge(
     Gives the checksums of what was written, and of what was read. Raises ValueError where what was
     kept is of other rows.
     """
-    back, base, seen = _Back(leaves, witnesses), Checksum(), Checksum()
+    back, base, seen = Back(leaves, witnesses, kept.dtype), Checksum(), Checksum()
     for start, stop, data in kept.blocks:
         merged = read(start, stop)
         seen.add(merged)
-        found = back.rows(start, stop, merged, kept.dtype, {})
+        found = back.rows(start, stop, merged)
         rows = unpacked(data, found, _beside(merged, found))
         base.add(rows)
         write(start, stop, rows)
@@ -301,10 +337,10 @@ def inverted(leaves: Leaves, witnesses: Mapping[str, Tensor], read: Read, write:
     """Make W from the merged rows by arithmetic alone; whether all of it is finite."""
     back, finite = leaves.derived.inverse.weight, True
     assert back is not None
-    values = leaves.evaluator(False, witnesses)
+    values, wide = leaves.evaluator(False, witnesses), Wide(leaves.device)
     for start, stop in blocks(leaves.site):
         merged = read(start, stop)
-        exact = values.rows(back, start, stop, {MERGED: leaves.wide(merged)})
+        (exact,) = values.all_rows((back,), start, stop, {MERGED: wide(merged)}, spent=True)
         finite = finite and bool(torch.isfinite(exact).all())
         write(start, stop, rounded(exact, merged.dtype, "nearest", None))
     return finite

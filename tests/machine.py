@@ -1,14 +1,18 @@
-"""What merges come to on the machine that runs this, as digests; run alone it prints them."""
+"""What expressions come to on the machine that runs this, as digests.
+
+Run alone it reads them, pickled, and prints these.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
+import pickle
 import sys
+from collections.abc import Mapping
 
 import torch
-from library_calls import derived
 from torch import Tensor
 
 from surgery.algebra.cost import numbers as lengths
@@ -17,17 +21,6 @@ from surgery.algebra.interpret import Domain
 from surgery.algebra.rows import RowEvaluator, step
 
 SITE = {"in": 96, "out": 128, "channels": 96}
-CALLS = (
-    "lora(r=16, alpha=3)",
-    "dora(r=16, alpha=3)",
-    "oft(block_size=32, use_cayley_neumann=false)",
-    "oft(block_size=8, coft=true, block_share=true)",
-    "hra(r=5, apply_GS=true)",
-    "hra(r=4)",
-    "boft(block_size=8, n_butterfly_factor=2)",
-    "bat(r=16)",
-    "delora(r=5)",
-)
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -39,20 +32,10 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
     return (mixed.double() / 2**31 - 1).view(shape)
 
 
-def digests(rows: int) -> dict[str, str]:
-    """Of the merge with each call and of the way back, made by so many rows at a time."""
-    return {
-        f"{call} {way}": hashlib.sha256(_made(root, rows).numpy().tobytes()).hexdigest()
-        for call in CALLS
-        for way, root in _roots(call).items()
-    }
-
-
-def _roots(call: str) -> dict[str, Expr]:
-    found = derived(call, site=SITE)
-    assert found.still is not None
-    assert found.inverse.weight is not None
-    return {"merged": found.still.weight, "back": found.inverse.weight}
+def digests(roots: Mapping[str, Expr], rows: int) -> dict[str, str]:
+    """Of the value of each expression, made by so many rows at a time."""
+    made = {name: _made(root, rows).numpy() for name, root in roots.items()}
+    return {name: hashlib.sha256(value.tobytes()).hexdigest() for name, value in made.items()}
 
 
 def _made(root: Expr, rows: int) -> Tensor:
@@ -73,4 +56,4 @@ def _leaf(expr: Expr) -> Tensor:
 if __name__ == "__main__":
     threads, rows = map(int, sys.argv[1:])
     torch.set_num_threads(threads)
-    print(json.dumps(digests(rows)))
+    print(json.dumps(digests(pickle.load(sys.stdin.buffer), rows)))

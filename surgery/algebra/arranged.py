@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from functools import lru_cache
@@ -14,12 +15,14 @@ from surgery.algebra.cost import cheapest, numbers, value_cost
 from surgery.algebra.cuts import Cut
 from surgery.algebra.expr import MERGED, WEIGHT, Expr, depends_on, walk
 from surgery.algebra.ops import OPS
+from surgery.algebra.products import BITS, kept_bytes
 from surgery.algebra.reproducible import is_settled
 
 BASES = (WEIGHT, MERGED)
 _ONE, _NONE = size(1), size(0)
 
 Names = Mapping[str, int | float]
+Settled = tuple[tuple[str, int | float], ...]
 
 
 class _Place(NamedTuple):
@@ -58,22 +61,31 @@ def is_reproducible(root: Expr) -> bool:
     return all(OPS[e.op].exact is not None and is_settled(e) for e in operators)
 
 
-def whole_bytes(root: Expr, names: Names) -> int:
+def whole_bytes(root: Expr, names: Names, bits: int = BITS) -> int:
     """The bytes in float64 of what is kept whole for all blocks: parts made of parameters alone.
 
-    Parameters of which rows are cut are not in it: `Domain.leaf` may give them as they are stored.
+    With what products that are reproducible keep of them, with so many bits. Parameters of which
+    rows are cut are not in it: `Domain.leaf` may give them as they are stored.
     """
-    kept = set(_wholes(arranged(root, names)))
-    return sum(8 * prod(numbers(expr, names)) for expr in kept)
+    best = arranged(root, names)
+    kept = set(_wholes(best))
+    rights = {e.args[1] for e in walk(best) if e.op == "matmul" and e.args[1] in kept}
+    split = sum(kept_bytes(numbers(e, names), bits) for e in rights if len(e.shape) > 1)
+    return split + sum(8 * prod(numbers(expr, names)) for expr in kept)
 
 
 def arranged(root: Expr, names: Names) -> Expr:
     """The expression to evaluate: products of blocks block by block, and the cheapest order."""
-    return _arranged(root, tuple(sorted(names.items())))
+    return _arranged(root, settled(names))
+
+
+def settled(names: Names) -> Settled:
+    """Sizes as a key."""
+    return tuple(sorted(names.items()))
 
 
 @lru_cache(maxsize=256)
-def _arranged(root: Expr, names: tuple[tuple[str, int | float], ...]) -> Expr:
+def _arranged(root: Expr, names: Settled) -> Expr:
     plain = blockwise(root)
     best = cheapest(plain, value_cost(dict(names)))
     return plain if _cuts(plain) is not None and _cuts(best) is None else best
@@ -119,6 +131,18 @@ def _places(root: Expr) -> Iterator[_Place]:
                 times = share.times / cast(Cut, cut).by
                 moved = offset * times + share.offset
                 stack.append(_Place(argument, share.axis, ratio * times, moved))
+
+
+@lru_cache(maxsize=512)
+def read_once(roots: tuple[Expr, ...]) -> frozenset[Expr]:
+    """What is cut in one way alone and read in one place: what reads it may use its memory.
+
+    roots: which are made of the same rows, and after another.
+    """
+    below = {expr for root in roots for expr in walk(root)}
+    readers = Counter((*roots, *(argument for expr in below for argument in expr.args)))
+    ways = Counter(place.expr for place in {p for root in roots for p in _places(root)})
+    return frozenset(expr for expr in below if readers[expr] == 1 == ways[expr])
 
 
 def _wholes(root: Expr) -> Iterator[Expr]:

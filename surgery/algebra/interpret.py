@@ -35,7 +35,7 @@ from surgery.algebra.expr import (
 )
 from surgery.algebra.observed import LEAVES as SEEN
 from surgery.algebra.ops import OPS, through
-from surgery.algebra.reproducible import BITS
+from surgery.algebra.products import BITS
 from surgery.algebra.rules import constant, make, substitute
 from surgery.algebra.sums import difference, vanishes
 from surgery.algebra.values import Facts
@@ -96,7 +96,7 @@ class Evaluator:
     def __init__(self, domain: Domain, reproducible: bool = False, bits: int = BITS) -> None:
         """Evaluate with what a domain offers; `reproducible` in the same bits on any machine.
 
-        bits: of the operands of such products, see `reproducible.product`.
+        bits: of the operands of such products, see `products.product`.
         """
         self.domain = domain
         self.reproducible = reproducible
@@ -148,14 +148,18 @@ class Evaluator:
 
         needs_anchor = not expr.args
         return Facts(
-            numbers(expr, names),
-            tuple(numbers(a, names) for a in expr.args),
+            self.lengths(expr),
+            tuple(map(self.lengths, expr.args)),
             dict(expr.attrs),
             self.domain.anchor() if needs_anchor else cast(Tensor, None),
             plain,
             self.bits,
             self._kept,
         )
+
+    def lengths(self, expr: Expr) -> tuple[int, ...]:
+        """The shape in elements."""
+        return numbers(expr, self.domain.names)
 
 
 class Interpreter(Evaluator):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from surgery.algebra.cuts import CUTS
 from surgery.algebra.expr import BIAS, IN, MERGED, OUT, WEIGHT, Expr, number, parameter
 from surgery.algebra.interpret import Domain, Evaluator
 from surgery.algebra.ops import OPS
+from surgery.algebra.products import BITS, kept_bytes
 from surgery.algebra.rows import RowEvaluator, by_rows, step, whole_bytes
 from surgery.algebra.rules import make
 
@@ -74,7 +75,8 @@ def _roots(call: str) -> Iterator[tuple[Expr, dict[str, Tensor]]]:
     found = derived(call)
     assert found.still is not None
     yield found.still.weight, {}
-    yield found.still.bias, {}
+    if found.still.bias is not BIAS:
+        yield found.still.bias, {}
     if found.inverse.weight is not None and found.inverse.weight is not MERGED:
         known = {"merged": Evaluator(domain()).value(found.still.weight)}
         for name, witness in found.inverse.witnesses:
@@ -100,6 +102,41 @@ def test_rows_put_together_are_the_whole(call: str) -> None:
 def test_the_merges_that_need_the_whole_weight_are_few(call: str) -> None:
     (merged, _), *_ = roots(call)
     assert by_rows(merged) == (call not in WHOLE)
+
+
+@every_call
+def test_values_made_at_once_and_in_place_are_those_made_alone(call: str) -> None:
+    for reproducible, (made, known) in product((True, False), at_once(call)):
+        start, stop = max((step(root, SITE) for root in made), default=1), 20
+        alone, together = (RowEvaluator(domain(known), reproducible) for _ in range(2))
+        bases = {WEIGHT: leaf(WEIGHT), MERGED: known.get("merged", leaf(WEIGHT))}
+        own = {expr: value[start:stop].clone() for expr, value in bases.items()}
+        single = [alone.rows(root, start, stop, own) for root in made]
+        assert all(torch.equal(value, bases[expr][start:stop]) for expr, value in own.items())
+        for _ in range(2):  # what is kept is not overwritten
+            spent = {expr: value.clone() for expr, value in own.items()}
+            both = together.all_rows(made, start, stop, spent, spent=True)
+            for one, other in zip(single, both, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
+                assert not reproducible or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("call", ["lora(r=5, alpha=3)", "miss(r=4)"])
+def test_rows_that_may_be_overwritten_are(call: str) -> None:
+    (root, _), *_ = roots(call)
+    for reproducible in (True, False):
+        own = {WEIGHT: leaf(WEIGHT).clone()}
+        (made,) = RowEvaluator(domain(), reproducible).all_rows((root,), 0, 20, own, spent=True)
+        assert made.data_ptr() == own[WEIGHT].data_ptr()
+
+
+def at_once(call: str) -> Iterator[tuple[list[Expr], dict[str, Tensor]]]:
+    """What a merge makes of W by rows, and what it makes of W', each with what else is known."""
+    there = [root for root, known in roots(call) if not known and by_rows(root)]
+    yield there, {}
+    for root, known in roots(call):
+        if known and by_rows(root):
+            yield [root], known
 
 
 def test_blocks_end_where_the_equation_cannot_be_cut() -> None:
@@ -161,11 +198,14 @@ def test_what_mixes_rows_is_not_made_by_rows(root: Expr) -> None:
 
 def test_what_is_kept_is_small() -> None:
     (lora, _), *_ = roots("lora(r=5, alpha=3)")
-    assert whole_bytes(lora, SITE) == 8 * 5 * 12  # A, of which every row needs all
+    own = 8 * 5 * 12  # A, of which every row needs all
+    assert whole_bytes(lora, SITE) == own + kept_bytes((5, 12), BITS)
+    assert whole_bytes(lora, SITE, bits=24) == 8 * 5 * 12 * 2
     (bone, _), *_ = roots("bone(r=5)")
     assert whole_bytes(bone, SITE) == 0
     (oft, _), *_ = roots("oft(block_size=4, use_cayley_neumann=false)")
-    assert whole_bytes(oft, SITE) == 8 * 3 * 4 * 4  # the blocks, and no matrix [in, in]
+    blocks = 8 * 3 * 4 * 4  # and no matrix [in, in]
+    assert whole_bytes(oft, SITE, bits=24) == 2 * blocks
 
 
 def test_what_is_kept_is_made_once() -> None:

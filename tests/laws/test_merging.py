@@ -363,3 +363,8 @@ def test_a_merge_holds_no_second_copy() -> None:
     del before
     compiled.inverse.merge()
     assert vars(model)["_surgery_state"].merged["0"].released.parameter() is None
+
+
+def test_the_bits_of_products_on_the_way_back_are_part_of_what_is_kept() -> None:
+    dtypes = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    assert [merging.bits_of(dtype) for dtype in dtypes] == [24, 34, 34, 54]
