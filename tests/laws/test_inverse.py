@@ -117,7 +117,7 @@ STATES = (fresh, trained, inactive, merged, unmerged, merged_again)
 
 
 @every_spec
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_unload_gives_back_everything(
     spec: str, dtype: torch.dtype, make_net: MakeNet, train: Train
 ) -> None:
@@ -140,10 +140,8 @@ def test_a_base_that_nobody_holds_comes_back_to_the_bit(
     model = make_net(dtype)
     before = of_nobody(model)
     compiled = surgery.compile(spec, model)
-    for _ in range(3):
-        train(model)
-        compiled.inverse.merge()
-        compiled.inverse.unmerge()
+    train(model)
+    compiled.inverse.merge()
     compiled.inverse.unload()
     assert of_nobody(model) == before
 
@@ -164,8 +162,10 @@ def saved(model: nn.Module) -> nn.Module:
 
 
 @every_spec
-@pytest.mark.parametrize("carry", [copied, pickled, saved])
-@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize(
+    ("carry", "state"),
+    [*((copied, state) for state in STATES), (pickled, merged), (saved, merged)],
+)
 def test_a_copy_carries_its_state(
     spec: str,
     carry: Callable[[nn.Module], nn.Module],
@@ -196,7 +196,7 @@ def test_a_copy_carries_its_state(
 
 
 @every_spec
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_unmerge_gives_back_the_same_forward(
     spec: str, dtype: torch.dtype, make_net: MakeNet, run: Run, train: Train
 ) -> None:

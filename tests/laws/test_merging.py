@@ -58,7 +58,7 @@ def trained(compiled: surgery.Compiled, by: float, seed: int) -> None:
                 value.data.add_((by * noise).to(value.dtype))
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(
     method=st.sampled_from(METHODS),
     layer=st.sampled_from(sorted(LAYERS)),
@@ -185,13 +185,13 @@ def test_by_chance_the_mean_is_exact() -> None:
     trained(exact, 0.1, 5)
     exact.inverse.merge()
     total = torch.zeros(55, 35, dtype=torch.float64)
-    for seed in range(100):
+    for seed in range(50):
         compiled.inverse.merge(round="stochastic", seed=seed)
         total += weight_of(model).detach().double()
         compiled.inverse.unmerge()
     wanted = weight_of(exact.model).detach()
     unit = torch.finfo(torch.bfloat16).eps * wanted.abs()
-    assert bool(((total / 100 - wanted).abs() <= 0.35 * unit).all())
+    assert bool(((total / 50 - wanted).abs() <= 0.45 * unit).all())
 
 
 def copied_base(model: nn.Module) -> nn.Module:
@@ -239,7 +239,7 @@ def several(*methods: str) -> tuple[nn.Module, surgery.Compiled]:
     return model, compiled
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(
     there=st.permutations("abc"),
     back=st.permutations("abc"),
