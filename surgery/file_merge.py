@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import file_digest
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,10 +22,14 @@ from surgery.artifact import FILES
 from surgery.checkpoint import Checkpoint, open_checkpoint
 from surgery.checksums import machine
 from surgery.errors import refuse
-from surgery.file_plan import FilePlan, Job, check_digests, jobs_of, planned
+from surgery.file_after import After
+from surgery.file_left import check_left, left_sites, save_left
+from surgery.file_plan import FilePlan, Job, check_digests, check_dtypes, jobs_of, planned
+from surgery.file_quantized import unquantised, width
 from surgery.file_ranks import Ranks, joined
 from surgery.file_record import (
     ADAPTERS,
+    LEFT,
     RECORD,
     SIDE,
     Side,
@@ -38,10 +42,11 @@ from surgery.file_record import (
 )
 from surgery.file_tensors import Accepted, Options, Tensors
 from surgery.folder_sites import Adapted, Wanted, adapted, named
-from surgery.headers import NAMES, Shard, make_header
+from surgery.headers import Shard
 from surgery.merge_report import MergeReport, SiteMerge, Way
 from surgery.merged import Undo
 from surgery.precision import Round, Rounding
+from surgery.quantized import Quantized
 from surgery.shards import Output
 from surgery.store import read_json
 
@@ -62,7 +67,8 @@ class FileMerge:
     """What a merge of files wrote; `str` is a table, `as_json` plain data.
 
     out: the folder. report: of what was merged, a row a site. whole: the tensors that were not
-    merged by rows. note: what became of an earlier run that did not end.
+    merged by rows. note: what became of an earlier run that did not end. left: the folders in `out`
+    of what was not merged of adapters, each with what it is multiplied by, and its sites' paths.
     """
 
     out: Path
@@ -70,6 +76,9 @@ class FileMerge:
     plan: FilePlan
     whole: tuple[str, ...]
     note: str = ""
+    left: Mapping[str, tuple[float, tuple[str, ...]]] = field(
+        default_factory=dict[str, tuple[float, tuple[str, ...]]]
+    )
 
     def as_json(self) -> dict[str, object]:
         """As plain data."""
@@ -77,6 +86,10 @@ class FileMerge:
             "out": str(self.out),
             "note": self.note,
             "whole": [*self.whole],
+            "left": [
+                {"folder": folder, "factor": factor, "sites": [*paths]}
+                for folder, (factor, paths) in self.left.items()
+            ],
             **self.report.as_json(),
         }
 
@@ -84,7 +97,12 @@ class FileMerge:
         """The table of sites, then what was written."""
         plan = self.plan
         copied = f"{len(plan.changes)} tensors merged, {plan.copied} copied: {self.out}"
-        return "\n".join([str(self.report), copied, *filter(None, [self.note])])
+        left = (
+            f"{len(paths)} sites are not merged: attach {self.out / folder}"
+            + (f", times {factor:g}" if factor != 1 else "")
+            for folder, (factor, paths) in self.left.items()
+        )
+        return "\n".join([str(self.report), copied, *left, *filter(None, [self.note])])
 
 
 # ---------------------------------------------------------------------------------- what to do
@@ -112,11 +130,17 @@ def wanted_of(adapters: Adapters) -> tuple[Wanted, ...]:
     return named(found)
 
 
-def plan_files(adapters: Adapters, model: str | Path, *, workers: int = WORKERS) -> FilePlan:
+def plan_files(
+    adapters: Adapters,
+    model: str | Path,
+    *,
+    quantized: Quantized | None = None,
+    workers: int = WORKERS,
+) -> FilePlan:
     """What `merge_files` would do. Nothing is written; raises as it does."""
     with open_checkpoint(model) as checkpoint:
         found = adapted(checkpoint, wanted_of(adapters), config_of(checkpoint))
-        return planned(found, jobs_of(found), workers)
+        return planned(found, jobs_of(found, quantized), workers)
 
 
 def merge_files(
@@ -128,6 +152,7 @@ def merge_files(
     round: Round = "nearest",
     seed: int = 0,
     dtype: torch.dtype | None = None,
+    quantized: Quantized | None = None,
     max_rel_err: float | None = None,
     allow_nonfinite: bool = False,
     workers: int = WORKERS,
@@ -143,19 +168,24 @@ def merge_files(
     undo: `exact` keeps in the folder what `unmerge_files` makes the base's bytes of; `none` keeps
         nothing. round, seed, max_rel_err, allow_nonfinite: as for `Inverse.merge`.
     dtype: of the merged tensors, where it is not to be the base's.
+    quantized: what weights of 4 or 8 bits become: `dequantize`, plain, of `dtype` or that of the
+        first plain tensor; `requantize`, quantised again, which counts as rounding; `separate`,
+        they stay, and `unmerged/NAME` in `out` is what is left, to attach to the merged model.
     workers: how many tensors are merged at a time. force: merge into another base than the adapter
         was made on. progress: is told of each tensor that is done.
 
     Under `torchrun` each rank merges its share of the files, and the folder is the same.
 
     Raises, with `out` not there and the inputs as they were: ArtifactError (E520, E522, E530 to
-    E552), PlanError where an adapter does not fit, StateError (E403, E430, E431).
+    E554), PlanError where an adapter does not fit, StateError (E403, E424, E430, E431).
     """
-    options = Options(undo, round, seed, dtype)
+    options = Options(undo, round, seed, dtype, quantized)
     with open_checkpoint(model) as checkpoint, joined() as ranks:
         _check_base(checkpoint)
         found = adapted(checkpoint, wanted_of(adapters), config_of(checkpoint))
-        run = _Run(found, jobs_of(found), options, Accepted(max_rel_err, allow_nonfinite), ranks)
+        jobs, accepted = jobs_of(found, quantized), Accepted(max_rel_err, allow_nonfinite)
+        check_dtypes(jobs, dtype)
+        run = _Run(found, jobs, options, accepted, ranks)
         run.workers, run.progress = max(1, workers), progress
         run.sources = [checkpoint.folder] if Path(model).is_dir() else []
         if not force and ranks.first:
@@ -201,6 +231,9 @@ class _Run:
         self.workers, self.done = 1, 0
         self.progress: Progress | None = None
         self.total = sum(shard.size for shard in found.checkpoint.shards.values())
+        self.after = After(found, jobs, options)
+        self.left = left_sites(found) if options.quantized == "separate" else {}
+        check_left(found, self.left)
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -224,8 +257,10 @@ class _Run:
                     self._beside(output)
                     output.finish()
         plan = planned(self.found, self.jobs, self.workers)
-        whole = tuple(one.tensor for one in records if not one.by_rows)
-        return FileMerge(out, reported(records, self.found), plan, whole, output.note)
+        whole = tuple(one.tensor for one in records if not one.by_rows and not one.of)
+        factors = {a.wanted.name: a.wanted.factor for a in self.found.adapters}
+        left = {f"{LEFT}{name}": (factors[name], paths) for name, paths in self.left.items()}
+        return FileMerge(out, reported(records, self.found), plan, whole, output.note, left)
 
     def _folders(self) -> Iterator[Path]:
         return (adapter.wanted.folder for adapter in self.found.adapters)
@@ -244,47 +279,53 @@ class _Run:
     def _shard(self, name: str, output: Output) -> None:
         """One file of tensors, and what is kept beside it."""
         shard = self.checkpoint.shards[name]
-        jobs = {n: job for n, job in self.jobs.items() if n in shard.entries}
-        keeps = bool(jobs) and self.options.undo == "exact"
+        tasks = self._tasks(shard)
+        keeps = any(job for _, job in tasks.values()) and self.options.undo == "exact"
         if output.done(name) and (not keeps or output.done(SIDE + name)):
             self._tell(name, shard.size)
             return
-        header = self._header(shard, jobs)
+        header = self.after.header(shard)
         with Side(output.partial) as side:
             with output.shard(name, header) as writer:
                 tensors = Tensors(
                     self.found, self.options, self.accepted, side, writer, output.partial
                 )
 
-                def one(entry_name: str) -> TensorRecord | None:
-                    entry = shard.entries[entry_name]
-                    record = tensors.copy(entry) if entry_name not in jobs else None
-                    if entry_name in jobs:
-                        record = tensors.merge(jobs[entry_name])
-                    self._tell(entry_name, entry.bytes)
-                    return record
+                def one(first: str) -> list[TensorRecord]:
+                    names, job = tasks[first]
+                    if job is None:
+                        tensors.copy(shard.entries[first])
+                    made = [] if job is None else tensors.merge(job, names)
+                    self._tell(first, sum(shard.entries[own].bytes for own in names))
+                    return made
 
-                records = self._all(one, [*shard.entries])
-                writer.facts["changed"] = [plain(r) for r in records if r is not None]
+                records = [r for some in self._all(one, [*tasks]) for r in some]
+                writer.facts["changed"] = [*map(plain, records)]
                 if keeps and header != shard.header:
                     writer.facts["header"] = True
                     side.add(key("", None, "header"), [shard.header])
             if keeps:
                 side.save(output, SIDE + name)
 
-    def _header(self, shard: Shard, jobs: Mapping[str, Job]) -> bytes:
-        dtype = self.options.dtype
-        if dtype is None or not any(_cast(job, dtype) for job in jobs.values()):
-            return shard.header
-        rows = (
-            (e.name, NAMES[dtype] if n in jobs and _cast(jobs[n], dtype) else e.dtype, e.shape)
-            for n, e in shard.entries.items()
-        )
-        return make_header(rows, shard.metadata)
+    def _tasks(self, shard: Shard) -> dict[str, tuple[tuple[str, ...], Job | None]]:
+        """What is done at a time, by the first of its tensors in a file: copied, or one job.
+
+        The entries of a quantised weight may be in several files, and each of them has its own.
+        """
+        found: dict[str, tuple[tuple[str, ...], Job | None]] = {}
+        seen: set[str] = set()
+        for name in shard.entries:
+            job = self.after.job(name)
+            every = (name,) if job is None or job.quantised is None else job.quantised.entries
+            if name not in seen:
+                names = tuple(own for own in every if own in shard.entries)
+                found[name] = names, job
+                seen.update(names)
+        return found
 
     def _all(
-        self, one: Callable[[str], TensorRecord | None], names: Sequence[str]
-    ) -> list[TensorRecord | None]:
+        self, one: Callable[[str], list[TensorRecord]], names: Sequence[str]
+    ) -> list[list[TensorRecord]]:
         """Every tensor of a file, several at a time; the first that fails ends it."""
         if self.workers == 1:
             return [*map(one, names)]
@@ -307,7 +348,7 @@ class _Run:
 
     def _beside(self, output: Output) -> None:
         """All files but those of tensors."""
-        config, index = self._config(), self._index()
+        config, index = self._config(), self.after.index()
         for path in self.checkpoint.others:
             if not is_added(path.as_posix()) and not (config and path.as_posix() == CONFIG):
                 output.copy_file(self.checkpoint.folder / path, path.as_posix())
@@ -319,6 +360,7 @@ class _Run:
         if config:
             before["config"] = (self.checkpoint.folder / CONFIG).read_text(encoding="utf-8")
             output.write(CONFIG, config)
+        self._left(output)
         if self.options.undo != "exact":
             return
         for adapter in self.found.adapters:
@@ -330,43 +372,35 @@ class _Run:
         data = record_data(changed, factors, machine(), before, self.options.as_json())
         output.write(RECORD, (json.dumps(data, indent=1) + "\n").encode())
 
-    def _index(self) -> bytes | None:
-        """The index, where its tensors are of another size together; None where it stays."""
-        dtype, name = self.options.dtype, self.checkpoint.index
-        if name is None or dtype is None or not any(_cast(j, dtype) for j in self.jobs.values()):
-            return None
-        data = (self.checkpoint.folder / name).read_bytes()
-        stated = cast("dict[str, object]", json.loads(data))
-        total = sum(
-            e.bytes // (e.torch_dtype or torch.uint8).itemsize * dtype.itemsize
-            if n in self.jobs and _cast(self.jobs[n], dtype)
-            else e.bytes
-            for n, e in self.checkpoint.tensors.items()
-        )
-        metadata = stated.get("metadata")
-        if isinstance(metadata, dict):
-            stated["metadata"] = {**cast("dict[str, object]", metadata), "total_size": total}
-        return (json.dumps(stated, indent=2) + "\n").encode()
+    def _left(self, output: Output) -> None:
+        """What is not merged of each adapter, as a folder."""
+        for adapter in self.found.adapters:
+            name = adapter.wanted.name
+            if name not in self.left:
+                continue
+            with TemporaryDirectory() as scratch:
+                save_left(self.found, adapter, Path(scratch) / name)
+                for path in _own_files(Path(scratch) / name):
+                    output.copy_file(path, f"{LEFT}{name}/{path.name}")
 
     def _config(self) -> bytes | None:
-        """The config, where it says of weights that they are tied, and one of them is changed."""
-        config = config_of(self.checkpoint)
-        if not self.found.unties or not config:
-            return None
-        nested = {n: _untied(v) for n, v in config.items()}
-        return (json.dumps(_untied(nested), indent=2) + "\n").encode()
+        """The config, where it says what is so no more: of tied weights, and of quantised ones."""
+        before = config_of(self.checkpoint)
+        config = before
+        if self.found.unties:
+            nested = {n: _untied(v) for n, v in config.items()}
+            config = cast("dict[str, object]", _untied(nested))
+        made = self.after.dequantised
+        if made:
+            tensors, weights = self.checkpoint.tensors, self.found.quantised
+            config = unquantised(config, tensors, weights, made)
+        return None if config == before else (json.dumps(config, indent=2) + "\n").encode()
 
 
 def _untied(value: object) -> object:
     if not isinstance(value, dict) or "tie_word_embeddings" not in value:
         return cast(object, value)
     return {**cast("dict[str, object]", value), "tie_word_embeddings": False}
-
-
-def _cast(job: Job, dtype: torch.dtype) -> bool:
-    """Whether a tensor gets another dtype."""
-    own = job.entry.torch_dtype
-    return own is not None and own.is_floating_point and own != dtype
 
 
 def _own_files(folder: Path) -> list[Path]:
@@ -384,17 +418,22 @@ def reported(records: Iterable[TensorRecord], found: Adapted) -> MergeReport:
     ways: dict[str, Way] = {}
     kept: dict[str, int] = {}
     size: dict[str, int] = {}
+    records = [*records]
+    beside: dict[str, int] = {}
     for record in records:
-        width = found.checkpoint.entry(record.tensor).torch_dtype
+        beside[record.of] = beside.get(record.of, 0) + record.kept
+    for record in records:
+        element = width(found.checkpoint, found.quantised, record.tensor)
+        more = 0 if record.of else beside.get(record.tensor, 0)
         paths = dict.fromkeys(one.site for one in record.matrices)
         for one in record.matrices:
             rounding[one.site] = rounding.get(one.site, Rounding()) + one.rounding
-            count = one.rounding.elements * (1 if width is None else width.itemsize)
+            count = round(one.rounding.elements * element)
             size[one.site] = size.get(one.site, 0) + count
         for path in paths:
             both: tuple[Way, ...] = (ways.get(path, "nothing"), record.way)
             ways[path] = max(both, key=_WAYS.index)
-            kept[path] = kept.get(path, 0) + record.kept // len(paths)
+            kept[path] = kept.get(path, 0) + (record.kept + more) // len(paths)
     return MergeReport(
         tuple(SiteMerge(p, rounding[p], ways[p], kept[p], size[p]) for p in rounding)
     )

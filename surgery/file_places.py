@@ -8,7 +8,7 @@ is large.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -31,6 +31,9 @@ ReadBytes = Callable[[int, int, Tensor], Tensor]
 
 WriteBytes = Callable[[int, Tensor], None]
 """Puts bytes at an offset of a tensor."""
+
+Span = tuple[int, int]
+"""From one number to before another."""
 
 IN_MEMORY = 32 * 2**20
 """Bytes of a matrix that is turned in memory; a larger one is turned on disk."""
@@ -113,6 +116,40 @@ def runs_of(at: ParameterSlice, shape: tuple[int, ...], index: int | None, rows:
     return [*_joined(found)]
 
 
+def rows_inside(
+    site: PlannedSite, shape: tuple[int, ...], index: int | None, inside: Sequence[Span]
+) -> Span | None:
+    """From which row of a site's matrix to before which some elements of a tensor are, if any are.
+
+    Of a matrix whose rows are columns of the tensor, all of them.
+    """
+    at, (rows, columns) = site.site.at, size_of(site)
+    if turned(site.form.kind) and not at.tensor:
+        size, number = _whole(site) * columns, (at.index if index is None else index) or 0
+        return (0, rows) if any(_both(Run(0, number * size, size), 1, inside)) else None
+    columns = 1 if at.tensor else columns
+    runs = runs_of(at, shape, None if at.tensor else index, _whole(site))
+    found = [
+        (run.row + start // columns - run.at, run.row + -(-stop // columns) - run.at)
+        for run in runs
+        for start, stop in _both(run, columns, inside)
+    ]
+    return (min(start for start, _ in found), max(stop for _, stop in found)) if found else None
+
+
+def _whole(site: PlannedSite) -> int:
+    """The rows of the matrix that a site is, or is part of."""
+    return size_of(site)[0] if site.site.at.part is None else site.site.at.part.whole
+
+
+def _both(run: Run, columns: int, inside: Sequence[Span]) -> Iterator[Span]:
+    """The elements of a run that are inside."""
+    first, last = run.at * columns, (run.at + run.count) * columns
+    for start, stop in inside:
+        if max(first, start) < min(last, stop):
+            yield max(first, start), min(last, stop)
+
+
 def _joined(runs: list[Run]) -> Iterator[Run]:
     held: Run | None = None
     for run in runs:
@@ -129,9 +166,15 @@ def _joined(runs: list[Run]) -> Iterator[Run]:
 class Places:
     """The matrices of one tensor."""
 
-    def __init__(self, source: Source, target: Target, scratch: Path) -> None:
-        """Read from one, written to the other. scratch: a folder for what is turned on disk."""
+    def __init__(
+        self, source: Source, target: Target, scratch: Path, inside: Sequence[Span] | None = None
+    ) -> None:
+        """Read from one, written to the other. scratch: a folder for what is turned on disk.
+
+        inside: the elements that the target has room for, if not all.
+        """
         self._source, self._target, self._scratch = source, target, scratch
+        self._inside = ((0, prod(source.shape)),) if inside is None else inside
         self._turned: dict[int, _Turned] = {}
         self._taken: list[tuple[int, int]] = []
 
@@ -177,10 +220,12 @@ class Places:
         """Put what was written where it belongs, and beside it what is in no matrix, as it was."""
         for one in self._turned.values():
             one.finish()
-        at = 0
-        for start, stop in (*sorted(self._taken), (prod(self._source.shape),) * 2):
-            self._copy(at, start)
-            at = max(at, stop)
+        taken = sorted(self._taken)
+        for first, last in self._inside:
+            at = first
+            for start, stop in (*taken, (last, last)):
+                self._copy(at, min(start, last))
+                at = max(at, stop)
 
     def _copy(self, start: int, stop: int) -> None:
         size = self._source.dtype.itemsize

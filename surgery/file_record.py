@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, cast, get_args
 
 import torch
 from torch import Tensor
@@ -25,12 +25,14 @@ from surgery.headers import NAMES, make_header
 from surgery.merge_report import Way
 from surgery.merging import BLOCK, Packed
 from surgery.precision import Rounding
+from surgery.quantized import Quantized
 from surgery.shards import Output
 from surgery.store import read_json
 
 RECORD = "inverse.json"
 SIDE = "inverse/"
 ADAPTERS = "adapters/"
+LEFT = "unmerged/"
 VERSION = 1
 
 _PIECE = 8 * 2**20
@@ -74,7 +76,8 @@ class MatrixRecord:
 class TensorRecord:
     """A tensor that changed. way: as in a `SiteMerge`. kept: the bytes that are kept of it.
 
-    base, merged: checksums of all of it, where the way back is the base's own bytes.
+    base, merged: checksums of all of it, where the way back is the base's own bytes; merged is ""
+    where nothing is left of it. of: the quantised weight that it is an entry of, beside its own.
     """
 
     tensor: str
@@ -84,6 +87,7 @@ class TensorRecord:
     matrices: tuple[MatrixRecord, ...] = ()
     base: str = ""
     merged: str = ""
+    of: str = ""
 
     @staticmethod
     def read(data: Mapping[str, Any]) -> TensorRecord:
@@ -178,7 +182,7 @@ class Record:
     """`inverse.json` of a merged folder, read.
 
     config, index: texts of what was changed besides. shards: of each that changed, its tensors by
-    name. headers: the shards whose own header is kept.
+    name. headers: the shards whose own header is kept. quantized: what became of quantised weights.
     """
 
     folder: Path
@@ -188,7 +192,7 @@ class Record:
     index: str | None
     shards: Mapping[str, Mapping[str, TensorRecord]]
     headers: frozenset[str] = frozenset()
-    undo: str = "exact"
+    quantized: Quantized | None = None
     _sides: dict[str, Checkpoint] = field(default_factory=dict[str, Checkpoint], repr=False)
 
     def kept(self, shard: str) -> Checkpoint:
@@ -248,10 +252,14 @@ def read_record(folder: Path) -> Record:
             None if index is None else str(index),
             shards,
             headers,
-            str(data["options"]["undo"]),
+            _how(data["options"].get("quantized")),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         _damaged(path, f"it is no record of a merge: {type(error).__name__} {error}")
+
+
+def _how(stated: object) -> Quantized | None:
+    return cast("Quantized | None", stated if stated in get_args(Quantized) else None)
 
 
 def _damaged(path: Path, what: str) -> NoReturn:

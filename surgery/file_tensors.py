@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -14,7 +14,8 @@ from surgery import merging
 from surgery.algebra.beginnings import stream
 from surgery.errors import refuse
 from surgery.file_places import Places, Source, Target, size_of
-from surgery.file_plan import Job, places, reads_weight, source_of
+from surgery.file_plan import Job, Share, places, reads_weight, source_of
+from surgery.file_quantized import dense_dtype, filled, held, whole
 from surgery.file_record import MatrixRecord, Side, TensorRecord, key, packed_pieces
 from surgery.folder_sites import Adapted
 from surgery.headers import Entry
@@ -26,6 +27,8 @@ from surgery.model.parts import ENTRIES
 from surgery.model.storage import bias_of
 from surgery.planned import PlannedSite
 from surgery.precision import Round, Rounding, measured, rounded
+from surgery.quantized import Quantized
+from surgery.quantized_files import quantiser
 from surgery.shards import ShardWriter
 
 SMALL = 2**12
@@ -39,13 +42,15 @@ class Options:
     """How files are merged.
 
     undo: `exact` keeps what `unmerge_files` makes the base's bytes of; `none` nothing. round, seed:
-    as for `Inverse.merge`. dtype: of the merged tensors, if not the base's own.
+    as for `Inverse.merge`. dtype: of the merged tensors, if not the base's own. quantized: what
+    becomes of quantised weights.
     """
 
     undo: Undo = "exact"
     round: Round = "nearest"
     seed: int = 0
     dtype: torch.dtype | None = None
+    quantized: Quantized | None = None
 
     def __post_init__(self) -> None:
         """Raises ArtifactError (E552) for what files cannot be merged with."""
@@ -59,7 +64,23 @@ class Options:
     def as_json(self) -> dict[str, object]:
         """As plain data."""
         dtype = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
-        return {"undo": self.undo, "round": self.round, "seed": self.seed, "dtype": dtype}
+        return {
+            "undo": self.undo,
+            "round": self.round,
+            "seed": self.seed,
+            "dtype": dtype,
+            "quantized": self.quantized,
+        }
+
+    def dtype_of(self, job: Job, dense: torch.dtype) -> torch.dtype | None:
+        """The dtype that a tensor has when it is merged; None where torch does not have it.
+
+        dense: of plain weights that quantised ones become.
+        """
+        own = job.entry.torch_dtype
+        if job.quantised is not None:
+            return (self.dtype or dense) if self.quantized == "dequantize" else own
+        return self.dtype if self.dtype and own and own.is_floating_point else own
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +150,25 @@ def indices(site: PlannedSite) -> Iterator[int | None]:
     yield from (None,) if site.site.batch is None else range(site.site.batch)
 
 
+class Lately:
+    """The adapters' tensors at the last sites; of experts, they are asked for again and again."""
+
+    def __init__(self, found: Adapted) -> None:
+        """Of the sites of some adapters."""
+        self._found = found
+        self._last: dict[str, dict[str, Tensor]] = {}
+
+    def parameters(self, site: PlannedSite) -> dict[str, Tensor]:
+        """As `Adapted.parameters`."""
+        if site.site.batch is None:
+            return self._found.parameters(site)
+        known = self._last.get(site.path)
+        if known is None:
+            known = self._found.parameters(site)
+            self._last = {**dict([*self._last.items()][-1:]), site.path: known}
+        return known
+
+
 class Biases:
     """The biases that sites have before a merge, or the copies that an adapter has of them.
 
@@ -183,57 +223,79 @@ class Tensors:
         """Write to a file, and to what is kept beside it."""
         self.found, self.options, self.accepted = found, options, accepted
         self.side, self.writer, self.scratch = side, writer, scratch
-        self.biases = Biases(found, found.checkpoint.read)
+        self.biases, self.lately = Biases(found, found.read), Lately(found)
+        self.dense = dense_dtype(found.checkpoint, found.quantised)
 
     def copy(self, entry: Entry) -> None:
         """A tensor as it is."""
         self.writer.copy(entry)
 
-    def merge(self, job: Job) -> TensorRecord:
-        """A tensor that changes."""
-        return self._bias(job) if job.biases else self._weight(job)
+    def merge(self, job: Job, names: Sequence[str]) -> list[TensorRecord]:
+        """A tensor that changes. names: of its entries that are in this file."""
+        if job.quantised is not None:
+            return self._quantised(job, names)
+        return [self._bias(job) if job.biases else self._weight(job)]
 
     # ------------------------------------------------------------------------------- weights
 
     def _weight(self, job: Job) -> TensorRecord:
-        name, source = job.entry.name, source_of(self.found.checkpoint, job.entry.name)
-        dtype = self._dtype(source)
+        source = source_of(self.found, job.entry.name)
+        target = self._target(job)
         exact = self.options.undo == "exact"
-        keeps_base = exact and self._keeps_base(job, source, dtype)
-
-        def write(start: int, data: Tensor) -> None:
-            self.writer.write_bytes(name, start, data)
-
-        rows: list[MatrixRecord] = []
-        kept, number = 0, 0
-        with Places(source, Target(dtype, write), self.scratch) as own:
-            for site in job.weights:
-                drawn = None
-                if self.options.round != "nearest":
-                    drawn = stream(self.options.seed, "merge", site.path)
-                how = How(dtype, self.options.round, drawn)
-                parameters = self.found.parameters(site)
-                leaves = leaves_of(site, parameters, self.biases.of(site))
-                total = Rounding()
-                for index, one in zip(indices(site), leaves, strict=True):
-                    place = own.of(site, index)
-                    keep = exact and not keeps_base
-                    done = merging.merge(one, place.read, place.write, how, keep=keep)
-                    total += done.rounding
-                    row, count = self._kept(name, number, site, index, done)
-                    rows.append(row)
-                    kept, number = kept + count, number + 1
-                self.accepted.check(site.path, total)
-                if exact and not keeps_base:
-                    kept += self._keep_parameters(name, number, site, parameters)
-            own.finish()
+        keeps_base = exact and self._keeps_base(job, source, target.dtype)
+        keep = exact and not keeps_base
+        rows, kept = self._matrices(job, source, target, self.accepted, keep=keep)
         if keeps_base:
             return self._with_base(job.entry, job.by_rows, rows)
         way: Way = "corrections" if exact else "nothing"
-        return TensorRecord(name, way, kept, job.by_rows, tuple(rows))
+        return TensorRecord(job.entry.name, way, kept, job.by_rows, tuple(rows))
 
-    def _dtype(self, source: Source) -> torch.dtype:
-        return self.options.dtype or source.dtype
+    def _target(self, job: Job) -> Target:
+        def write(start: int, data: Tensor) -> None:
+            self.writer.write_bytes(job.entry.name, start, data)
+
+        dtype = self.options.dtype_of(job, self.dense)
+        assert dtype is not None  # no site is on what torch cannot read
+        return Target(dtype, write)
+
+    def _matrices(
+        self, job: Job, source: Source, target: Target, accepted: Accepted, *, keep: bool
+    ) -> tuple[list[MatrixRecord], int]:
+        """Merge all matrices of a tensor; gives the bytes kept of them as well."""
+        name, rows = job.entry.name, list[MatrixRecord]()
+        kept, number = 0, 0
+        for share in job.shares:
+            with share.places(name, self._source(share, source), target, self.scratch) as own:
+                for site in share.weights:
+                    how = self._how(site, target.dtype, job)
+                    parameters = self.lately.parameters(site)
+                    leaves = leaves_of(site, parameters, self.biases.of(site))
+                    total = Rounding()
+                    for index, within in share.matrices(site, name):
+                        one, place = leaves[index or 0], own.of(site, index)
+                        done = merging.merge(
+                            one, place.read, place.write, how, keep=keep, within=within
+                        )
+                        total += done.rounding
+                        row, count = self._kept(name, number, site, index, done)
+                        rows.append(row)
+                        kept, number = kept + count, number + 1
+                    accepted.check(site.path, total)
+                    if keep:
+                        kept += self._keep_parameters(name, number, site, parameters)
+                own.finish()
+        if job.rest:
+            Places(source, target, self.scratch, job.rest).finish()
+        return rows, kept
+
+    def _source(self, share: Share, tensor: Source) -> Source:
+        return tensor if share.joined is None else share.joined.source(self.found.checkpoint)
+
+    def _how(self, site: PlannedSite, dtype: torch.dtype, job: Job) -> How:
+        if self.options.round == "nearest":
+            return How(dtype)
+        drawn = f"{site.path}|{job.entry.name}" if job.joins else site.path
+        return How(dtype, self.options.round, stream(self.options.seed, "merge", drawn))
 
     def _keeps_base(self, job: Job, source: Source, dtype: torch.dtype) -> bool:
         """Whether the base's own bytes are kept of a tensor."""
@@ -243,6 +305,7 @@ class Tensors:
             for rows, columns in (size_of(site),)
         )
         partly = elements * source.dtype.itemsize < job.entry.bytes
+        partly = partly or bool(job.joins)
         return job.entry.bytes <= SMALL or (partly and dtype != source.dtype)
 
     def _kept(
@@ -277,8 +340,57 @@ class Tensors:
         """The record of a tensor of which the base's own bytes are kept."""
         pieces = [bytes(data) for data in pieces_of(entry)]
         self.side.add(key(entry.name), pieces)
-        base, merged = sum_of(entry), sum_of(self.writer.entries[entry.name])
+        now = self.writer.entries.get(entry.name)
+        base, merged = sum_of(entry), "" if now is None else sum_of(now)
         return TensorRecord(entry.name, "base", entry.bytes, by_rows, tuple(rows), base, merged)
+
+    # ----------------------------------------------------------------------------- quantised
+
+    def _quantised(self, job: Job, names: Sequence[str]) -> list[TensorRecord]:
+        """A quantised weight that changes."""
+        name, rows = job.entry.name, list[MatrixRecord]()
+        if self.options.quantized == "requantize":
+            rows = self._requantised(job, names)
+        elif name in names:
+            source, target = source_of(self.found, name), self._target(job)
+            rows, _ = self._matrices(job, source, target, self.accepted, keep=False)
+        return [self._entry(own, name, rows if own == name else []) for own in names]
+
+    def _entry(self, name: str, weight: str, rows: list[MatrixRecord]) -> TensorRecord:
+        of = "" if name == weight else weight
+        if self.options.undo == "exact":
+            made = self._with_base(self.found.checkpoint.entry(name), False, rows)
+            return replace(made, of=of)
+        return TensorRecord(name, "nothing", 0, False, tuple(rows), of=of)
+
+    def _requantised(self, job: Job, names: Sequence[str]) -> list[MatrixRecord]:
+        """Write the entries that another weight has; what is reported is all that it loses."""
+        assert job.quantised is not None
+        name, by = job.entry.name, quantiser()
+        entries, base = whole(self.found.checkpoint, job.quantised)
+        made = torch.empty_like(base)
+        finite = Accepted(None, self.accepted.nonfinite)
+        rows, _ = self._matrices(job, held(base), filled(made), finite, keep=False)
+        new = by.requantised(name, entries, made)
+        lost = self._lost(job, made, by.dequantised(name, new), base)
+        for own in names:
+            self.writer.write_bytes(own, 0, new[own])
+        return [replace(row, rounding=one) for row, one in zip(rows, lost, strict=True)]
+
+    def _lost(self, job: Job, made: Tensor, now: Tensor, base: Tensor) -> Iterator[Rounding]:
+        """What each matrix lost between what was made of it, and what it is now."""
+        nowhere = Target(base.dtype, lambda start, data: None)
+        every = [Places(held(tensor), nowhere, self.scratch) for tensor in (made, now, base)]
+        for site in job.weights:
+            total = Rounding()
+            for index in indices(site):
+                found, three = Rounding(), [places.of(site, index) for places in every]
+                for start, stop in merging.blocks(site):
+                    exact, *others = (place.read(start, stop) for place in three)
+                    found += measured(exact.double(), *others)
+                total += found
+                yield found
+            self.accepted.check(site.path, total)
 
     # -------------------------------------------------------------------------------- biases
 
@@ -318,7 +430,7 @@ class Tensors:
         if name is None or not reads_weight(site):
             found = [merging.bias_of(one, None) for one in leaves]
         else:
-            with places(self.found.checkpoint, name, self.scratch) as own:
+            with places(self.found, name, self.scratch) as own:
                 pairs = zip(indices(site), leaves, strict=True)
                 found = [merging.bias_of(one, own.of(site, index).read) for index, one in pairs]
         return found[0] if site.site.batch is None else torch.stack(found)

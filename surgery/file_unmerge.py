@@ -22,16 +22,17 @@ from surgery.file_places import Place, Places, Target
 from surgery.file_plan import jobs_of, source_of
 from surgery.file_record import (
     ADAPTERS,
+    LEFT,
     Record,
     TensorRecord,
     is_added,
     key,
     read_record,
 )
-from surgery.file_tensors import Biases, indices, leaves_of, sum_of
+from surgery.file_tensors import Biases, Lately, leaves_of, sum_of
 from surgery.folder_sites import Adapted, Wanted, adapted
 from surgery.headers import Entry, parse_header
-from surgery.planned import PlannedSite
+from surgery.merging import Leaves, Packed
 from surgery.shards import Output, ShardWriter
 
 _NAME = re.compile(r"\w+")
@@ -121,11 +122,12 @@ class _Run:
 
     def __init__(self, found: Adapted, record: Record, progress: Progress | None) -> None:
         self.found, self.record, self.progress = found, record, progress
-        self.jobs = jobs_of(found)
+        self.jobs = jobs_of(found, record.quantized)
         self.done = 0
-        self.biases = Biases(found, self._base)
+        self.biases, self.lately = Biases(found, self._base), Lately(found)
         self.changed = {n: (s, row) for s, rows in record.shards.items() for n, row in rows.items()}
-        missing = sorted(self.changed.keys() ^ self.jobs.keys())
+        own = {name for name, (_, row) in self.changed.items() if not row.of}
+        missing = sorted(own ^ self.jobs.keys())
         if missing:
             self._damaged(f"does not fit its adapters at `{missing[0]}`")
 
@@ -140,7 +142,7 @@ class _Run:
     def _base(self, name: str) -> Tensor:
         """A tensor of the base: as it is, or the one that is kept."""
         if name not in self.changed:
-            return self.checkpoint.read(name)
+            return self.found.read(name)
         shard, row = self.changed[name]
         if row.way != "base":
             self._damaged(f"has not the base of `{name}`")
@@ -173,7 +175,7 @@ class _Run:
                 self._tell(name)
             for path in self.checkpoint.others:
                 name = path.as_posix()
-                if not is_added(name) and not (name == CONFIG and self.record.config is not None):
+                if not self._added(name):
                     output.copy_file(self.checkpoint.folder / path, name)
             if self.record.config is not None:
                 output.write(CONFIG, self.record.config.encode())
@@ -181,6 +183,16 @@ class _Run:
             self.checkpoint.check_unchanged()
             output.finish()
             return FileUnmerge(out, tuple(self.changed), output.note)
+
+    def _added(self, name: str) -> bool:
+        """Whether a file is none of the base's, or not as it was there."""
+        left = tuple(f"{LEFT}{adapter}/" for adapter in self.record.adapters)
+        again = name == CONFIG and self.record.config is not None
+        return (
+            is_added(name)
+            or again
+            or (self.record.quantized == "separate" and name.startswith(left))
+        )
 
     def _index(self, output: Output) -> None:
         name = self.checkpoint.index
@@ -194,11 +206,13 @@ class _Run:
     def _shard(self, name: str, output: Output) -> None:
         shard, rows = self.checkpoint.shards[name], self.record.shards.get(name, {})
         with output.shard(name, self._header(name)) as writer:
-            for entry_name, entry in shard.entries.items():
+            for entry_name in writer.entries:
                 if entry_name in rows:
                     self._tensor(name, rows[entry_name], writer, output.partial)
+                elif entry_name in shard.entries:
+                    writer.copy(shard.entries[entry_name])
                 else:
-                    writer.copy(entry)
+                    self._damaged(f"has not `{entry_name}`")
 
     def _tell(self, name: str) -> None:
         total = sum(shard.size for shard in self.checkpoint.shards.values())
@@ -209,9 +223,9 @@ class _Run:
     # -------------------------------------------------------------------------------- tensors
 
     def _tensor(self, shard: str, row: TensorRecord, writer: ShardWriter, scratch: Path) -> None:
-        entry = self.checkpoint.entry(row.tensor)
         if row.way == "base":
-            if sum_of(entry) != row.merged:
+            # Of what is in no merged file any more, nothing can have been changed.
+            if row.merged and sum_of(self.checkpoint.entry(row.tensor)) != row.merged:
                 self._edited(row.tensor)
             kept = self.record.kept(shard).entry(key(row.tensor))
             writer.copy(kept, row.tensor)
@@ -224,7 +238,7 @@ class _Run:
         self, shard: str, row: TensorRecord, writer: ShardWriter, scratch: Path
     ) -> None:
         name = row.tensor
-        source = source_of(self.checkpoint, name)
+        source = source_of(self.found, name)
         dtype = writer.entries[name].torch_dtype
         assert dtype is not None
         matrices, number = iter(row.matrices), 0
@@ -232,38 +246,52 @@ class _Run:
         def write(start: int, data: Tensor) -> None:
             writer.write_bytes(name, start, data)
 
-        with Places(source, Target(dtype, write), scratch) as own:
-            for site in self.jobs[name].weights:
-                last = number + (site.site.batch or 1) - 1
-                given = self.record.beside(shard, last, name, "parameter")
-                parameters = {**self.found.parameters(site), **given}
-                leaves = leaves_of(site, parameters, self.biases.of(site))
-                for index, one in zip(indices(site), leaves, strict=True):
-                    stated = next(matrices, None)
-                    if stated is None or (stated.site, stated.index) != (site.path, index):
-                        self._damaged(f"does not fit its adapters at `{name}`")
-                    kept = self.record.packed(shard, number, name, stated)
-                    witnesses = self.record.beside(shard, number, name, "witness")
-                    place = own.of(site, index)
-                    try:
-                        base, merged = merging.unmerge(
-                            one, witnesses, kept, place.read, place.write
-                        )
-                    except ValueError:
-                        self._check_edited(name, site, place, kept.merged)
-                        self._another_machine(name)
-                    if merged != kept.merged:
-                        self._edited(name)
-                    if base != kept.base:
-                        self._another_machine(name)
-                    number += 1
-            own.finish()
+        job = self.jobs[name]
+        for share in job.shares:
+            joined = share.joined
+            parameter = source if joined is None else joined.source(self.checkpoint)
+            with share.places(name, parameter, Target(dtype, write), scratch) as own:
+                for site in share.weights:
+                    of_site = [*share.matrices(site, name)]
+                    last = number + len(of_site) - 1
+                    given = self.record.beside(shard, last, name, "parameter")
+                    parameters = {**self.lately.parameters(site), **given}
+                    leaves = leaves_of(site, parameters, self.biases.of(site))
+                    for index, _ in of_site:
+                        stated = next(matrices, None)
+                        if stated is None or (stated.site, stated.index) != (site.path, index):
+                            self._damaged(f"does not fit its adapters at `{name}`")
+                        kept = self.record.packed(shard, number, name, stated)
+                        witnesses = self.record.beside(shard, number, name, "witness")
+                        self._matrix(name, leaves[index or 0], witnesses, kept, own.of(site, index))
+                        number += 1
+                own.finish()
+        if job.rest:
+            Places(source, Target(dtype, write), scratch, job.rest).finish()
 
-    def _check_edited(self, name: str, site: PlannedSite, place: Place, merged: str) -> None:
+    def _matrix(
+        self,
+        name: str,
+        leaves: Leaves,
+        witnesses: Mapping[str, Tensor],
+        kept: Packed,
+        place: Place,
+    ) -> None:
+        try:
+            base, merged = merging.unmerge(leaves, witnesses, kept, place.read, place.write)
+        except ValueError:
+            self._check_edited(name, kept, place)
+            self._another_machine(name)
+        if merged != kept.merged:
+            self._edited(name)
+        if base != kept.base:
+            self._another_machine(name)
+
+    def _check_edited(self, name: str, kept: Packed, place: Place) -> None:
         seen = Checksum()
-        for start, stop in merging.blocks(site):
+        for start, stop, _ in kept.blocks:
             seen.add(place.read(start, stop))
-        if seen.hexdigest() != merged:
+        if seen.hexdigest() != kept.merged:
             self._edited(name)
 
     def _edited(self, name: str) -> NoReturn:

@@ -12,34 +12,33 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import reduce
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import gettempdir
-from typing import cast
 from weakref import finalize
 
 import torch
 from torch import Tensor, nn
 
-from surgery.artifact import CONFIG, MAPPING, SPEC, TENSORS, Loaded, check_tensors, load_artifact
+from surgery.artifact import Loaded, check_tensors, load_artifact
 from surgery.checkpoint import Checkpoint
 from surgery.checksums import bytes_of
 from surgery.conversion import shared_again, tensors_at
 from surgery.disk import read_at, write_at
-from surgery.errors import Report
+from surgery.errors import ArtifactError, Report, error_of
 from surgery.file_places import nameless
-from surgery.integrations.peft import NAME, kind_of
-from surgery.language.library import Library
+from surgery.file_quantized import QuantisedWeight, quantised_in, seen, whole
+from surgery.folder_needs import Stated, needs_of
+from surgery.joined import Joined, Names
 from surgery.live import Live, added, scaled, single
-from surgery.mapping.forms import same
-from surgery.mapping.pieces import named_in
-from surgery.mapping.spelling import dialect_of
+from surgery.loading import names_of
 from surgery.mixture import live_sites, owned_parameters
 from surgery.model.holder import parameters_of
-from surgery.model.layers import KINDS
 from surgery.plan import plan_assignments
 from surgery.planned import Plan, PlannedSite
 from surgery.skeleton import (
     ANY,
+    Config,
     Kinds,
     Need,
     Prefix,
@@ -49,9 +48,6 @@ from surgery.skeleton import (
     prefix_of,
     table_like,
 )
-from surgery.store import read_json, read_tensors
-
-_LAYERS = frozenset(kind.name for kind in KINDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +65,14 @@ class Adapter:
 
     sites: as the skeleton has them, under the name that it has among others. stated: the same as
     the folder names them. base: digests of weights, by the paths that the folder has for them.
+    model: the skeleton as the folder sees it.
     """
 
     wanted: Wanted
     loaded: Loaded
     plan: Plan
     stated: Plan
+    model: nn.Module = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,20 +81,37 @@ class Adapted:
 
     twins: tensors that the checkpoint has as often as layers share them, with the others. unties:
     whether an adapter changes one of the layers that share a weight, and leaves the others.
+    quantised: the checkpoint's weights of few bits, by their names. joined: by names that the
+    checkpoint does not have, parameters that are made of several of its tensors, or of part of one,
+    as the model is loaded.
     """
 
     checkpoint: Checkpoint
+    quantised: Mapping[str, QuantisedWeight]
     skeleton: Skeleton
     adapters: tuple[Adapter, ...]
     sites: tuple[PlannedSite, ...]
     twins: Mapping[str, tuple[str, ...]]
     unties: bool
     _own: Mapping[tuple[str, str], tuple[Adapter, PlannedSite]] = field(repr=False)
+    joined: Mapping[str, Joined] = field(default_factory=dict[str, Joined])
 
     def tensor(self, site: PlannedSite, parameter: str | None = None) -> str | None:
         """The checkpoint's name of a site's weight, or of another parameter of its module."""
         name = site.site.at.parameter if parameter is None else parameter
         return self.skeleton.tensor(site.site.module, name)
+
+    def is_quantised(self, site: PlannedSite) -> bool:
+        """Whether a site is on a module whose weight is quantised."""
+        return self.tensor(site, "weight") in self.quantised
+
+    def read(self, name: str) -> Tensor:
+        """A tensor of the checkpoint; of a quantised weight, what it stands for in float32."""
+        if name in self.quantised:
+            return whole(self.checkpoint, self.quantised[name])[1]
+        if name in self.joined:
+            return self.joined[name].read(self.checkpoint)
+        return self.checkpoint.read(name)
 
     def names(self, site: PlannedSite, parameter: str) -> tuple[str, ...]:
         """The tensors that a parameter of a site's module is: one, none, or each that is tied."""
@@ -111,7 +126,7 @@ class Adapted:
         found: dict[str, Tensor] = {}
         for name, source, p in owned_parameters(site):
             if source.adapter not in every:
-                every[source.adapter] = self._tensors(*self._own[source.adapter, source.path])
+                every[source.adapter] = self.tensors_at(*self._own[source.adapter, source.path])
             found[name] = every[source.adapter][p.name]
         return found
 
@@ -123,7 +138,8 @@ class Adapted:
     def _lacks(self, adapter: Adapter, stated: PlannedSite, name: str) -> bool:
         return stated.adapted(name) not in adapter.loaded.tensors
 
-    def _tensors(self, adapter: Adapter, stated: PlannedSite) -> dict[str, Tensor]:
+    def tensors_at(self, adapter: Adapter, stated: PlannedSite) -> dict[str, Tensor]:
+        """What an adapter has at a site as its folder names it, by the names of its parameters."""
         loaded = adapter.loaded
         own = [p.name for p in stated.form.parameters if not p.shared]
         if not any(self._lacks(adapter, stated, name) for name in own):
@@ -139,7 +155,7 @@ class Adapted:
         for name in (site.site.at.parameter, site.site.at.bias):
             known = self.skeleton.tensor(module, name)
             if known is not None:
-                data = self.checkpoint.read(known).clone()
+                data = self.read(known).clone()
                 own[name] = nn.Parameter(data, requires_grad=False)
         try:
             yield
@@ -156,23 +172,25 @@ def adapted(
     does not have what an adapter is on, and as attaching does for a folder that is not whole or
     that does not fit; PlanError (E309) for adapters that cannot be live together.
     """
-    shapes: Shapes = {
-        name: (dtype, entry.shape)
-        for name, entry in checkpoint.tensors.items()
-        if (dtype := entry.torch_dtype) is not None
-    }
-    needs = [_needs(one.folder) for one in wanted]
-    ties = [_ties(some, shapes, one.folder) for one, some in zip(wanted, needs, strict=True)]
-    prefixes = [
-        prefix_of([n for n in some if n.path not in tie.tied], checkpoint.tensors, str(one.folder))
-        for one, some, tie in zip(wanted, needs, ties, strict=True)
-    ]
+    quantised = quantised_in(checkpoint)
+    shapes: Shapes = seen(checkpoint, quantised)
+    needs = [needs_of(one.folder) for one in wanted]
+    names = Names()
+    try:
+        ties, prefixes = _begun(wanted, needs, shapes, checkpoint.tensors)
+    except ArtifactError as error:
+        names = _loaded(checkpoint, needs, shapes, config, error)
+        shapes = names.instead_of(shapes)
+        ties, prefixes = _begun(wanted, needs, shapes, shapes)
     tied = {
         prefix(path): name
         for prefix, tie in zip(prefixes, ties, strict=True)
         for path, name in tie.tied.items()
     }
-    skeleton = built(shapes, _kinds(prefixes, needs), config, tied)
+    linear = (n for n in shapes if names.whole.get(n, n) in quantised)
+    layers = {name.rpartition(".")[0]: frozenset({"linear"}) for name in linear}
+    kinds = {**_kinds(prefixes, needs), **layers}
+    skeleton = built(shapes, kinds, config, tied).renamed(names.whole)
     pairs = zip(wanted, prefixes, strict=True)
     adapters = tuple(_adapter(one, skeleton.seen_by(prefix)) for one, prefix in pairs)
     own = {
@@ -182,9 +200,62 @@ def adapted(
     }
     live = reduce(added, (scaled(a.wanted.factor, single(a.wanted.name)) for a in adapters), Live())
     sites = live_sites(live, {a.wanted.name: a.plan for a in adapters})
-    twins = {name: others for tie in ties for name, others in tie.twins.items()}
+    twins = {
+        names.whole.get(name, name): tuple(names.whole.get(other, other) for other in others)
+        for tie in ties
+        for name, others in tie.twins.items()
+    }
     unties = any(tie.unties for tie in ties)
-    return Adapted(checkpoint, skeleton, adapters, sites, twins, unties, own)
+    joined = names.joined
+    return Adapted(checkpoint, quantised, skeleton, adapters, sites, twins, unties, own, joined)
+
+
+def _begun(
+    wanted: Sequence[Wanted],
+    needs: Sequence[Sequence[Stated]],
+    shapes: Shapes,
+    names: Iterable[str],
+) -> tuple[list[_Ties], list[Prefix]]:
+    """Of each adapter the ties, and how its paths begin."""
+    ties = [_ties(some, shapes, one.folder) for one, some in zip(wanted, needs, strict=True)]
+    prefixes = [
+        prefix_of([n for n in some if n.path not in tie.tied], names, str(one.folder))
+        for one, some, tie in zip(wanted, needs, ties, strict=True)
+    ]
+    return ties, prefixes
+
+
+_TAIL = 3  # names by which a module, or a parameter, may be one that an adapter is on
+
+
+def _loaded(
+    checkpoint: Checkpoint,
+    needs: Iterable[Iterable[Need]],
+    shapes: Shapes,
+    config: Config,
+    error: ArtifactError,
+) -> Names:
+    """What a checkpoint's model has once it is loaded. Raises the error where that is not known."""
+    own = [need for some in needs for need in some]
+    tails, owners = ({_tail(n) for need in own for n in need.names}, {_tail(n.path) for n in own})
+    known = names_of(checkpoint, shapes, lambda name: _tail(name.rpartition(".")[0]) in owners)
+    if known is None:
+        if "model_type" not in config or find_spec("transformers") is not None:
+            raise error
+        more = "or install transformers, which may name the tensors otherwise as it loads them"
+        raise error_of([replace(d, hint=f"{d.hint}; {more}") for d in error.diagnostics])
+    report = Report()
+    for name, why in known.refused.items():
+        if _tail(name) in tails:
+            message = f"`{name}` is made of other tensors as the model is loaded, and {why}"
+            hint = "merge it into the loaded model, and save that with `save_pretrained`"
+            report.error("E545", message, hint=hint)
+    report.stop()
+    return known
+
+
+def _tail(name: str) -> str:
+    return ".".join(name.split(".")[-_TAIL:])
 
 
 def _kinds(prefixes: Sequence[Prefix], needs: Sequence[Sequence[Need]]) -> dict[str, Kinds]:
@@ -239,7 +310,7 @@ def _adapter(wanted: Wanted, model: nn.Module) -> Adapter:
     statements = dict(loaded.resolved.adapters).get(loaded.adapter, ())
     resolved = replace(loaded.resolved, adapters=((wanted.name, statements),))
     plan = plan_assignments(resolved, model, loaded.assignments, wanted.name)
-    return Adapter(wanted, loaded, plan, stated)
+    return Adapter(wanted, loaded, plan, stated, model)
 
 
 # --------------------------------------------------------------------------------------- names
@@ -262,86 +333,6 @@ def named(wanted: Iterable[Wanted]) -> tuple[Wanted, ...]:
     return tuple(found)
 
 
-# --------------------------------------------------------------------------------------- needs
-
-
-@dataclass(frozen=True, slots=True)
-class _Stated(Need):
-    """A need with what a folder says of a weight that layers share. shape: of that weight."""
-
-    tie: str = ""
-    shape: tuple[int, ...] = ()
-
-
-def _needs(folder: Path) -> tuple[_Stated, ...]:
-    """What a folder has sites on, as far as its files say by themselves.
-
-    Raises ArtifactError (E517) for no adapter's folder; what else is wrong is found as it is read.
-    """
-    if (folder / MAPPING).is_file() and (folder / SPEC).is_file():
-        return tuple(_of_manifest(read_json(folder / MAPPING)))
-    if (folder / CONFIG).is_file() and (folder / TENSORS).is_file():
-        keys = tuple(read_tensors(folder / TENSORS).shapes)
-        return tuple(_of_keys(keys, read_json(folder / CONFIG)))
-    return ()  # for which there is a word when it is read
-
-
-def _of_manifest(data: Mapping[str, object]) -> Iterator[_Stated]:
-    entries = data.get("sites")
-    for entry in cast("list[object]", entries) if isinstance(entries, list) else ():
-        stated = cast("dict[str, object]", entry if isinstance(entry, dict) else {})
-        path, kind = stated.get("path"), stated.get("kind")
-        parameter, tie = stated.get("parameter", "weight"), stated.get("tie", "")
-        if isinstance(path, str) and isinstance(parameter, str) and isinstance(kind, str):
-            sides = stated.get("out"), stated.get("in")
-            turned = kind in ("embedding", "transposed_linear")
-            shape = cast("tuple[int, ...]", sides[::-1] if turned else sides)
-            kinds = ANY if stated.get("tensor") is True else frozenset({kind})
-            yield _Stated(path, parameter, kinds, str(tie or ""), shape)
-
-
-def _of_keys(keys: Sequence[str], config: Mapping[str, object]) -> Iterator[_Stated]:
-    """The sites that peft's keys name, and which kinds of layers have all the keys of a site."""
-    dialect, library = dialect_of(NAME), Library.standard()
-    formats = [
-        fmt
-        for name in library.names()
-        for fmt in library.formats(name)
-        if fmt.name == NAME and same(kind_of(fmt), config.get("peft_type"))
-    ]
-    rows = [(e, frozenset(t.kinds)) for f in formats for t in f.tensors for e in named_in(t.key)]
-    every: dict[str, Kinds] = {}
-    for key in keys:
-        path, kinds = _site(key.removeprefix(dialect.site), rows)
-        if not key.startswith(dialect.site) or path is None:
-            continue
-        path = ".".join(name for name in path.split(".") if name != dialect.around)
-        before = every.get(path, ANY)
-        every[path] = before & kinds if before and kinds else before or kinds
-    turned = config.get("fan_in_fan_out")
-    for path, kinds in every.items():
-        yield _Stated(path, "", _laid(kinds, turned))
-
-
-def _site(name: str, rows: Sequence[tuple[str, Kinds]]) -> tuple[str | None, Kinds]:
-    """The path before the longest of some endings, and the kinds of layers that have this one."""
-    fitting = [(ending, kinds) for ending, kinds in rows if f".{name}".endswith(f".{ending}")]
-    if not fitting:
-        return None, ANY
-    longest = max((ending for ending, _ in fitting), key=len)
-    every = [kinds for ending, kinds in fitting if ending == longest]
-    kinds = frozenset[str]().union(*every) if all(every) else ANY
-    return f".{name}".removesuffix(f".{longest}")[1:], kinds
-
-
-def _laid(kinds: Kinds, turned: object) -> Kinds:
-    """Without the kinds of layers that lie otherwise than a config says."""
-    if type(turned) is not bool:
-        return kinds
-    left = (kinds or _LAYERS) - {"linear" if turned else "transposed_linear"}
-    return left or kinds
-
-
 # ---------------------------------------------------------------------------------------- ties
 
 
@@ -357,7 +348,7 @@ class _Ties:
     unties: bool
 
 
-def _ties(needs: Sequence[_Stated], shapes: Shapes, folder: Path) -> _Ties:
+def _ties(needs: Sequence[Stated], shapes: Shapes, folder: Path) -> _Ties:
     tied: dict[str, str] = {}
     twins: dict[str, tuple[str, ...]] = {}
     report, unties = Report(), False

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from math import lcm
+from math import inf, lcm
 
 import torch
 from torch import Tensor
@@ -189,9 +189,19 @@ def changes(derived: Derived) -> tuple[bool, bool]:
 # ------------------------------------------------------------------------------------- there
 
 
-def merge(leaves: Leaves, read: Read, write: Write, how: How, *, keep: bool) -> MergedMatrix:
+def merge(
+    leaves: Leaves,
+    read: Read,
+    write: Write,
+    how: How,
+    *,
+    keep: bool,
+    within: tuple[int, int] | None = None,
+) -> MergedMatrix:
     """Make the merged rows of a matrix, and give them to the writer.
 
+    within: from which row to before which they are wanted; where no vector is made beside them,
+    blocks with none of these are left out.
     keep: what leads back to the bits of the base; witnesses are given in any case. What is kept
     corrects the inverse of the rows as they were written.
     """
@@ -201,7 +211,10 @@ def merge(leaves: Leaves, read: Read, write: Write, how: How, *, keep: bool) -> 
     vectors: dict[Expr, list[Tensor]] = {leaf: [] for leaf in _vectors(derived)}
     roots = (*_vectors(derived).values(), derived.still.weight)
     kept, rounding = _Keeping(leaves), Rounding()
+    first, last = (0, inf) if within is None or vectors else within
     for start, stop in blocks(leaves.site):
+        if stop <= first or start >= last:
+            continue
         base = read(start, stop)
         own = {WEIGHT: wide(base)}
         *beside, exact = values.all_rows(roots, start, stop, own, spent=True)

@@ -65,6 +65,10 @@ class Skeleton:
         """The checkpoint's name of a parameter; None for one that it does not have."""
         return self.tensors.get((id(module), parameter))
 
+    def renamed(self, names: Mapping[str, str]) -> Skeleton:
+        """The same of a checkpoint that has some of these tensors under other names."""
+        return Skeleton(self.model, {at: names.get(n, n) for at, n in self.tensors.items()})
+
     def seen_by(self, prefix: Prefix) -> nn.Module:
         """The tree as an adapter sees it whose paths begin otherwise; its layers are the same."""
         root = self.model

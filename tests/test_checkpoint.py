@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import struct
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,20 @@ def test_several_faults_of_a_file_are_said_at_once(tmp_path: Path) -> None:
 def test_a_file_that_is_too_short_is_refused(data: bytes, tmp_path: Path) -> None:
     (tmp_path / WHOLE).write_bytes(data)
     assert codes(tmp_path) == ["E531"]
+
+
+def test_a_length_may_begin_as_a_pickle_does(tmp_path: Path) -> None:
+    """A header of 128 bytes: its length has the first byte of every pickle."""
+    header = make_header([("w", "F32", (2,))])
+    text = header[8:].rstrip() + b" " * (128 - len(header[8:].rstrip()))
+    whole = struct.pack("<Q", len(text)) + text + bytes(8)
+    assert whole[0] == 0x80
+    (tmp_path / WHOLE).write_bytes(whole)
+    with open_checkpoint(tmp_path) as found:
+        assert same(found.read("w"), torch.zeros(2))
+    (tmp_path / WHOLE).write_bytes(pickle.dumps([1] * 30))
+    with pytest.raises(ArtifactError, match="is a pickle"):
+        open_checkpoint(tmp_path)
 
 
 def test_a_whole_file_cut_anywhere_is_refused(tmp_path: Path) -> None:

@@ -45,6 +45,10 @@ DtypeOption = Annotated[
     Literal["bfloat16", "float16", "float32", "float64"] | None,
     typer.Option("--dtype", help="Of the merged tensors; by default each keeps its own."),
 ]
+QuantizedOption = Annotated[
+    Literal["dequantize", "requantize", "separate"] | None,
+    typer.Option("--quantized", help="What becomes of weights of 4 or 8 bits; see the docs."),
+]
 ErrorOption = Annotated[
     float | None,
     typer.Option(
@@ -73,6 +77,7 @@ def merge(
     round: RoundOption = "nearest",
     seed: SeedOption = 0,
     dtype: DtypeOption = None,
+    quantized: QuantizedOption = None,
     max_rel_err: ErrorOption = None,
     allow_nonfinite: NonfiniteOption = False,
     workers: WorkersOption = None,
@@ -89,7 +94,7 @@ def merge(
 
         at_once = WORKERS if workers is None else workers
         if output is None or dry_run:
-            plan = plan_files(adapters, model, workers=at_once)
+            plan = plan_files(adapters, model, quantized=quantized, workers=at_once)
             result.text, result.data = str(plan), plan.as_json()
             return
         made = merge_files(
@@ -100,6 +105,7 @@ def merge(
             round=round,
             seed=seed,
             dtype=_dtype(dtype),
+            quantized=quantized,
             max_rel_err=max_rel_err,
             allow_nonfinite=allow_nonfinite,
             workers=at_once,

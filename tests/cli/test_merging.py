@@ -71,6 +71,8 @@ def test_what_cannot_be_is_said(folder: Path, bert: Path, tmp_path: Path) -> Non
     out = tmp_path / "out"
     assert run("merge", bert, "-o", out).exit_code == 2
     assert run("merge", folder, bert).exit_code == 2
+    assert run("merge", folder, bert, "--dry-run", "--quantized", "float").exit_code == 2
+    assert run("merge", folder, bert, "--dry-run", "--quantized", "separate").exit_code == 0
     assert run("merge", "--adapter", folder, folder, bert, "-o", out).exit_code == 2
     refused = run("merge", folder, bert, "-o", out, "--max-rel-err", "1e-12")
     assert refused.exit_code == 1
