@@ -13,13 +13,12 @@ from difflib import get_close_matches
 from math import prod
 from pathlib import Path, PurePosixPath
 from threading import Lock
-from types import TracebackType
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from surgery.disk import memory_of, open_to_read, read_at
+from surgery.disk import Closing, memory_of, open_to_read, read_at
 from surgery.errors import Report, SurgeryError, refuse
 from surgery.headers import Entry, Shard, read_header
 from surgery.store import read_json
@@ -31,7 +30,7 @@ INDEX = f"model{INDEX_SUFFIX}"
 
 
 @dataclass(slots=True)
-class Checkpoint:
+class Checkpoint(Closing):
     """Tensors in files: their headers, and a way to read them. Closed, it keeps no file open.
 
     folder: where the files are. shards: by their names below it. tensors: of all shards, in order.
@@ -54,19 +53,6 @@ class Checkpoint:
         self.tensors = {
             name: entry for shard in self.shards.values() for name, entry in shard.entries.items()
         }
-
-    def __enter__(self) -> Checkpoint:
-        """Itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        """Close the files."""
-        self.close()
 
     def close(self) -> None:
         """Close the files; a later read opens them again."""

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Self, cast
 
 from torch import Tensor
 
@@ -35,6 +35,22 @@ def open_to_read(path: Path) -> int:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         refuse("E531", f"cannot read {path}: {error.strerror}", hint="check the path")
+
+
+class Closing:
+    """What is open until the end of a `with`, or until it is closed."""
+
+    def __enter__(self) -> Self:
+        """Itself."""
+        return self
+
+    def __exit__(self, *about: object) -> None:
+        """Close it."""
+        self.close()
+
+    def close(self) -> None:
+        """Let go of what is open; it may be closed twice."""
+        raise NotImplementedError
 
 
 def memory_of(tensor: Tensor) -> memoryview:

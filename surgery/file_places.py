@@ -8,19 +8,18 @@ is large.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from tempfile import mkstemp
-from types import TracebackType
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from surgery.checksums import bytes_of
-from surgery.disk import read_at, write_at
+from surgery.disk import Closing, read_at, write_at
 from surgery.model.layers import LayerKind
 from surgery.model.parts import ParameterSlice
 from surgery.planned import PlannedSite
@@ -163,7 +162,7 @@ def _joined(runs: list[Run]) -> Iterator[Run]:
         yield held
 
 
-class Places:
+class Places(Closing):
     """The matrices of one tensor."""
 
     def __init__(
@@ -201,16 +200,7 @@ class Places:
         self._taken += [(r.at * columns, (r.at + r.count) * columns) for r in runs]
         return _Rows(runs, columns, self._source, self._target)
 
-    def __enter__(self) -> Places:
-        """Itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         """Let go of what was turned."""
         for one in self._turned.values():
             one.close()
@@ -242,6 +232,14 @@ class Places:
 # ------------------------------------------------------------------------------- as [out, in]
 
 
+def _inside(runs: Iterable[Run], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """Of rows from one to another: from where in them, from where in the tensor, how many."""
+    for run in runs:
+        first, last = max(start, run.row), min(stop, run.row + run.count)
+        if first < last:
+            yield first - start, run.at + first - run.row, last - first
+
+
 class _Rows:
     """A matrix whose rows lie one after the other, or in several runs."""
 
@@ -250,19 +248,12 @@ class _Rows:
         self._source, self._target = source, target
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
-    def _inside(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Of rows from one to another: from where in them, from where in the tensor, how many."""
-        for run in self._runs:
-            first, last = max(start, run.row), min(stop, run.row + run.count)
-            if first < last:
-                yield first - start, run.at + first - run.row, last - first
-
     def read(self, start: int, stop: int) -> Tensor:
         width = self._columns * self._source.dtype.itemsize
         count = (stop - start) * width
         if self._buffer.numel() < count:
             self._buffer = torch.empty(count, dtype=torch.uint8)
-        for row, at, rows in self._inside(start, stop):
+        for row, at, rows in _inside(self._runs, start, stop):
             into = self._buffer[row * width : (row + rows) * width]
             self._source.read(at * width, (at + rows) * width, into)
         found = self._buffer[:count].view(self._source.dtype)
@@ -271,7 +262,7 @@ class _Rows:
     def write(self, start: int, stop: int, rows: Tensor) -> None:
         width = self._columns * self._target.dtype.itemsize
         data = rows.contiguous().flatten().view(torch.uint8)
-        for row, at, count in self._inside(start, stop):
+        for row, at, count in _inside(self._runs, start, stop):
             self._target.write(at * width, data[row * width : (row + count) * width])
 
 
@@ -414,16 +405,12 @@ class _Part:
     def __init__(self, runs: list[Run], whole: _Turned) -> None:
         self._runs, self._whole = runs, whole
 
-    def _inside(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        for run in self._runs:
-            first, last = max(start, run.row), min(stop, run.row + run.count)
-            if first < last:
-                yield first - start, run.at + first - run.row, last - first
-
     def read(self, start: int, stop: int) -> Tensor:
-        parts = [self._whole.read(at, at + count) for _, at, count in self._inside(start, stop)]
+        parts = [
+            self._whole.read(at, at + count) for _, at, count in _inside(self._runs, start, stop)
+        ]
         return torch.cat(parts)
 
     def write(self, start: int, stop: int, rows: Tensor) -> None:
-        for row, at, count in self._inside(start, stop):
+        for row, at, count in _inside(self._runs, start, stop):
             self._whole.write(at, at + count, rows[row : row + count])

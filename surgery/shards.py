@@ -20,7 +20,16 @@ from typing import cast
 
 from torch import Tensor
 
-from surgery.disk import allocate, copy_range, memory_of, opened, sync, write_at, write_whole
+from surgery.disk import (
+    Closing,
+    allocate,
+    copy_range,
+    memory_of,
+    opened,
+    sync,
+    write_at,
+    write_whole,
+)
 from surgery.errors import Report, SurgeryError, refuse
 from surgery.headers import Entry, parse_header
 
@@ -30,7 +39,7 @@ ASIDE = ".aside/"
 # ------------------------------------------------------------------------------------- one file
 
 
-class ShardWriter:
+class ShardWriter(Closing):
     """A safetensors file of a given header, whose tensors are put in their places in any order.
 
     Its space is taken at once, so a disk that is too full is found before any work is done. facts:
@@ -56,19 +65,6 @@ class ShardWriter:
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> ShardWriter:
-        """Itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        """Close the file, finished or not."""
-        self.close()
 
     def copy(self, entry: Entry, name: str | None = None) -> None:
         """The bytes of a tensor elsewhere, as those of the tensor of a name, or of the same.

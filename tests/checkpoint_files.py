@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from surgery.checkpoint import INDEX
+from surgery.errors import SurgeryError
 from surgery.headers import DTYPES
 
 # A library whose types are not complete.
@@ -56,3 +58,14 @@ def contents(folder: Path) -> Mapping[str, bytes]:
     """All files below a folder, by their paths from it."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file())
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in paths}
+
+
+def refused(tmp_path: Path, code: str, call: Callable[[], object]) -> str:
+    """What is said of what is refused, after which nothing is there."""
+    before = contents(tmp_path)
+    with pytest.raises(SurgeryError) as caught:
+        call()
+    assert {d.code for d in caught.value.diagnostics} == {code}
+    assert all(d.hint for d in caught.value.diagnostics)
+    assert contents(tmp_path) == before
+    return str(caught.value)

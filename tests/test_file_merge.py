@@ -17,6 +17,7 @@ import small_models
 import torch
 import transformers
 from beside_peft import close, output, saved_by_peft
+from checkpoint_files import contents, refused
 from small_models import TOKENS, untyped
 from support import moved
 from torch import Tensor, nn
@@ -85,11 +86,6 @@ def adapter(model: nn.Module, spec: str, at: Path, name: str | None = None) -> P
     moved(compiled, name)
     compiled.save(at, name)
     return at
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    every = (p for p in sorted(folder.rglob("*")) if p.is_file())
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in every}
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
@@ -252,17 +248,6 @@ def ready(tmp_path: Path) -> tuple[Path, Path]:
     model = llama().to(torch.float16)
     base = saved(model, tmp_path / "base")
     return adapter(model, "match q_proj | v_proj apply lora(r=4)", tmp_path / "a"), base
-
-
-def refused(tmp_path: Path, code: str, call: Callable[[], object]) -> str:
-    """What is said of what is refused, after which nothing is there."""
-    before = contents(tmp_path)
-    with pytest.raises(SurgeryError) as caught:
-        call()
-    assert {d.code for d in caught.value.diagnostics} == {code}
-    assert all(d.hint for d in caught.value.diagnostics)
-    assert contents(tmp_path) == before
-    return str(caught.value)
 
 
 def test_what_is_refused_leaves_nothing(ready: tuple[Path, Path], tmp_path: Path) -> None:

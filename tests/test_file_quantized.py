@@ -13,14 +13,13 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from checkpoint_files import contents, same
+from checkpoint_files import contents, refused, same
 from small_models import untyped
 from support import moved
 from torch import Tensor, nn
 
 import surgery
 from surgery import file_quantized, file_tensors
-from surgery.errors import SurgeryError
 
 packed: Any = pytest.importorskip("bitsandbytes")
 
@@ -232,16 +231,6 @@ def test_config_says_which_weights_are_quantised(bases: dict[str, Path], tmp_pat
             assert "model.layers.1.self_attn.q_proj" in skipped
             assert "lm_head" in skipped
             assert len(layers) == 13
-
-
-def refused(tmp_path: Path, code: str, call: Callable[[], object]) -> str:
-    before = contents(tmp_path)
-    with pytest.raises(SurgeryError) as caught:
-        call()
-    assert {d.code for d in caught.value.diagnostics} == {code}
-    assert all(d.hint for d in caught.value.diagnostics)
-    assert contents(tmp_path) == before
-    return str(caught.value)
 
 
 def test_what_becomes_of_quantised_weights_is_to_be_said(
