@@ -100,10 +100,9 @@ def peanut(w: Tensor, p: Parameters, a: Arguments) -> Tensor:
 
 
 def tinylora(w: Tensor, p: Parameters, a: Arguments) -> Tensor:
-    """Some matrices [n, n] in a sum, between two parts of the weight."""
-    del a
-    mixed = sum(v * one for v, one in zip(p["v"], p["P"], strict=True))
-    return w + p["B"] @ mixed @ p["A"]
+    """Some matrices [n, n] in a sum, between two parts of the weight; a table's lie turned."""
+    stacked = torch.stack([v * one for v, one in zip(p["v"], p["P"], strict=True)]).sum(0)
+    return w + p["B"] @ (stacked.t() if a["kind"] == "embedding" else stacked) @ p["A"]
 
 
 def qalora(w: Tensor, p: Parameters, a: Arguments) -> Tensor:

@@ -342,7 +342,7 @@ def randlora(w: Tensor, p: Parameters, a: Arguments) -> Tensor:
     for j in range(r * n):
         i, k = divmod(j, n)
         row = p["factors"][i, k] * p["A"][i, 0, :less] * p["gamma"][k]
-        change = change + torch.outer(p["B"][:more, j // r, j % r], row)
+        change = change + torch.outer(p["B"][j // r, :more, j % r], row)
     return w + a["alpha"] / r * (change if w.shape[0] >= w.shape[1] else change.t())
 
 
