@@ -159,12 +159,16 @@ def _installed(done: MergedSite, made: Tensor, whole: Tensor, options: Options) 
     return replace(done, matrices=tuple(lost), sums=())
 
 
+LEAST = 2**16
+"""Bytes of a weight from which on corrections are kept; below that they would not pay."""
+
+
 def _leads_back(site: PlannedSite) -> bool:
     """Whether corrections may stand for the base: arithmetic leads back, and the base is here."""
     inverse = site.form.derived.inverse.weight
     plain = storage.storage_of(site.site.module, site.site.at.parameter) is storage.PLAIN
     # A bias that is trained is small, and another site may change it after this one.
-    if not plain or inverse is None or site.site.at.tensor:
+    if not plain or inverse is None or site.site.at.tensor or _weight_bytes(site) < LEAST:
         return False
     # What is computed otherwise elsewhere is seen in the last bits, of which 16 have none.
     return is_reproducible(inverse) or site.form.base_dtype.itemsize <= 2

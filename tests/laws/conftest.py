@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from surgery import merged
 
 untyped = cast(Any, torch)  # for calls whose stubs are not fully typed
 
@@ -83,3 +85,11 @@ def train() -> Callable[[nn.Module], None]:
                     parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
 
     return move
+
+
+@pytest.fixture(scope="module")
+def corrected() -> Iterator[None]:
+    """A merge keeps corrections of small weights too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merged, "LEAST", 0)
+        yield

@@ -17,6 +17,8 @@ import surgery
 from surgery.errors import StateError
 from surgery.model.holder import modules_of
 
+pytestmark = pytest.mark.usefixtures("corrected")
+
 METHODS = (
     "lora(r=5, alpha=7, dropout=0.1)",
     "dora(r=5)",

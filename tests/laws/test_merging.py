@@ -17,6 +17,7 @@ from surgery import merging
 from surgery.errors import StateError
 from surgery.merge_report import MergeReport
 
+pytestmark = pytest.mark.usefixtures("corrected")
 untyped = cast(Any, torch)
 
 METHODS = (
