@@ -296,10 +296,6 @@ REFUSED: tuple[tuple[peft.PeftConfig, str], ...] = (
         peft.PsoftConfig(r=3, psoft_svd="lowrank", target_modules=BOTH),
         '`psoft_svd` is "lowrank": its random decomposition of W is in no file',
     ),
-    (
-        peft.PsoftConfig(r=3, use_cayley_neumann=True, cayley_neumann_eps=0.5, target_modules=BOTH),
-        "`cayley_neumann_eps` is 0.5: the generator is then shortened",
-    ),
     (peft.PeanutConfig(r=3, depth=3, target_modules=BOTH), "3 is above 2"),
     (peft.PeanutConfig(r=3, act_fn="mish", target_modules=BOTH), '"mish" is no activation'),
 )
