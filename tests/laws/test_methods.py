@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 from factored import FACTORED, adamss_bias
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from structured import STRUCTURED
 from torch import Tensor, nn
@@ -665,8 +665,8 @@ def test_forward_and_merged_forward_are_the_equation(
     nudge(compiled)
     hand = by_hand(compiled, base)
     wanted, limit = hand.output(x), hand.tolerance(x, dtype)
-    # A factor that is left out, or a term, would be seen.
-    assert ((wanted - before.double()).abs() > 5 * limit).any()
+    # A factor that is left out, or a term, would be seen; in 16 bits not with every draw.
+    assume(bool(((wanted - before.double()).abs() > 5 * limit).any()))
     forward = model(x)
     assert (forward.dtype, forward.shape) == (dtype, before.shape)
     assert ((forward.double() - wanted).abs() <= limit).all()
