@@ -26,10 +26,11 @@ if TYPE_CHECKING:
 _collecting = gc.isenabled()
 gc.disable()
 try:
+    from surgery.compiling import attach, check, of, plan
+    from surgery.compiling import compile_model as compile
     from surgery.errors import Diagnostic, SurgeryError
     from surgery.language.parse import parse
-    from surgery.runtime import Compiled, attach, check, of, plan
-    from surgery.runtime import compile_model as compile
+    from surgery.runtime import Compiled
 finally:
     if _collecting:
         gc.enable()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +38,7 @@ def open_to_read(path: Path) -> int:
         refuse("E531", f"cannot read {path}: {error.strerror}", hint="check the path")
 
 
-class Closing:
+class Closing(ABC):
     """What is open until the end of a `with`, or until it is closed."""
 
     def __enter__(self) -> Self:
@@ -48,9 +49,9 @@ class Closing:
         """Close it."""
         self.close()
 
+    @abstractmethod
     def close(self) -> None:
         """Let go of what is open; it may be closed twice."""
-        raise NotImplementedError
 
 
 def memory_of(tensor: Tensor) -> memoryview:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from surgery.algebra.derive import Derived
 from surgery.algebra.expr import render
 from surgery.algebra.scalars import did_you_mean
+from surgery.compiling import SpecLike, compile_model, plan, read_spec
 from surgery.errors import PlanError, Source, Span, SurgeryError, refuse
 from surgery.language import syntax as ast
 from surgery.language.library import Library
@@ -25,7 +26,7 @@ from surgery.language.parse import parse
 from surgery.model.layers import KINDS, LayerKind
 from surgery.planned import MERGE_NOTES, SiteClass
 from surgery.report import aligned, shown, shown_bytes, shown_shape
-from surgery.runtime import Compiled, SpecLike, compile_model, plan, read_spec
+from surgery.runtime import Compiled
 
 SITE = "site"
 """The path of the layer that the method is shown on."""

@@ -40,10 +40,10 @@ from surgery.file_record import (
     plain,
     record_data,
 )
-from surgery.file_tensors import Accepted, Options, Tensors
+from surgery.file_tensors import Options, Tensors
 from surgery.folder_sites import Adapted, Wanted, adapted, named
 from surgery.headers import Shard
-from surgery.merge_report import MergeReport, SiteMerge, Way
+from surgery.merge_report import Accepted, MergeReport, SiteMerge, Way
 from surgery.merged import Undo
 from surgery.precision import Round, Rounding
 from surgery.quantized import Quantized

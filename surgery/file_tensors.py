@@ -19,10 +19,9 @@ from surgery.file_quantized import dense_dtype, filled, held, whole
 from surgery.file_record import MatrixRecord, Side, TensorRecord, key, packed_pieces
 from surgery.folder_sites import Adapted
 from surgery.headers import Entry
-from surgery.merge_report import Way
+from surgery.merge_report import Accepted, Way
 from surgery.merged import Undo
-from surgery.merging import How, Leaves, MergedMatrix
-from surgery.mixture import owned_parameters
+from surgery.merging import How, Leaves, MergedMatrix, leaves_of
 from surgery.model.parts import ENTRIES
 from surgery.model.storage import bias_of
 from surgery.planned import PlannedSite
@@ -83,35 +82,6 @@ class Options:
         return self.dtype if self.dtype and own and own.is_floating_point else own
 
 
-@dataclass(frozen=True, slots=True)
-class Accepted:
-    """What a merge may lose."""
-
-    max_rel_err: float | None = None
-    nonfinite: bool = False
-
-    def check(self, path: str, found: Rounding) -> None:
-        """Raises StateError: E430 for what is not finite, E431 for what rounding loses."""
-        if not (found.finite or self.nonfinite):
-            counts = (
-                (found.overflowed, "are beyond the range of its dtype"),
-                (found.nonfinite, "are infinite or no number"),
-            )
-            beyond = " and ".join(f"{count:,} {what}" for count, what in counts if count)
-            refuse(
-                "E430",
-                f"`{path}`: of {found.elements:,} merged weights {beyond}",
-                hint="look at the adapter's scale and at the dtype of the base; with "
-                "allow_nonfinite they are merged all the same",
-            )
-        if self.max_rel_err is not None and found.relative > self.max_rel_err:
-            refuse(
-                "E431",
-                f"`{path}`: rounding is off by {found.relative:.1e} of the largest weight",
-                hint=f"{self.max_rel_err:.1e} is accepted; merge to a wider dtype",
-            )
-
-
 def pieces_of(entry: Entry) -> Iterator[memoryview]:
     """The bytes of a tensor in its file, piece by piece."""
     with entry.file.open("rb") as file:
@@ -126,23 +96,6 @@ def sum_of(entry: Entry) -> str:
     for piece in pieces_of(entry):
         found.update(piece)
     return found.hexdigest()
-
-
-def leaves_of(
-    site: PlannedSite, parameters: Mapping[str, Tensor], bias: Tensor | None
-) -> tuple[Leaves, ...]:
-    """What each matrix of a site is made of besides W. bias: of the site, of every matrix."""
-    if site.site.batch is None:
-        return (Leaves(site, parameters, bias),)
-    shared = {name for name, _, p in owned_parameters(site) if p.shared}
-    return tuple(
-        Leaves(
-            site,
-            {n: v if n in shared else v[i] for n, v in parameters.items()},
-            None if bias is None else bias[i],
-        )
-        for i in range(site.site.batch)
-    )
 
 
 def indices(site: PlannedSite) -> Iterator[int | None]:
@@ -280,7 +233,7 @@ class Tensors:
                         row, count = self._kept(name, number, site, index, done)
                         rows.append(row)
                         kept, number = kept + count, number + 1
-                    accepted.check(site.path, total)
+                    accepted.check_site(site.path, total)
                     if keep:
                         kept += self._keep_parameters(name, number, site, parameters)
                 own.finish()
@@ -390,7 +343,7 @@ class Tensors:
                     found += measured(exact.double(), *others)
                 total += found
                 yield found
-            self.accepted.check(site.path, total)
+            self.accepted.check_site(site.path, total)
 
     # -------------------------------------------------------------------------------- biases
 
@@ -405,7 +358,7 @@ class Tensors:
             made = self._made(site)
             before = bias_of(site.site.at, base)
             rounding = measured(made, rounded(made, self._bias_dtype(base)), before)
-            self.accepted.check(site.path, rounding)
+            self.accepted.check_site(site.path, rounding)
             rows.append(MatrixRecord(site.path, None, rounding))
             if site.site.at.part is None:
                 part.copy_(made)

@@ -29,10 +29,10 @@ from surgery.file_record import (
     key,
     read_record,
 )
-from surgery.file_tensors import Biases, Lately, leaves_of, sum_of
+from surgery.file_tensors import Biases, Lately, sum_of
 from surgery.folder_sites import Adapted, Wanted, adapted
 from surgery.headers import Entry, parse_header
-from surgery.merging import Leaves, Packed
+from surgery.merging import Leaves, Packed, leaves_of
 from surgery.shards import Output, ShardWriter
 
 _NAME = re.compile(r"\w+")

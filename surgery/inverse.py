@@ -6,7 +6,7 @@ writes into a base tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
@@ -16,8 +16,7 @@ from surgery.algebra.expr import MERGED
 from surgery.errors import Report, refuse
 from surgery.live import Live, Then, added, single
 from surgery.located import parameters_at
-from surgery.lower import by_module
-from surgery.merge_report import MergeReport
+from surgery.merge_report import Accepted, MergeReport
 from surgery.merged import (
     NOBODY,
     MergedSite,
@@ -42,19 +41,16 @@ from surgery.model.hooked import release
 from surgery.model.inventory import Site
 from surgery.mount import (
     dismount,
-    dismount_all,
     give_back,
-    mount_all,
     remove_parameters,
     set_requires_grad,
     unlink_follower,
 )
-from surgery.nodes import Lowerings
 from surgery.plan import PlannedSite
-from surgery.precision import Round, Rounding
+from surgery.precision import Round
 from surgery.quantized import Quantized, check, merged_by, taken
 from surgery.state import State, forget_state, require_state
-from surgery.switching import chosen, make_live
+from surgery.switching import chosen, make_live, mount_sites, withdraw_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +90,7 @@ class Inverse:
         """
         state = require_state(self.model)
         options = Options(undo, round, seed, taken(self.model, quantized), state.shares)
-        accepted = _Accepted(max_rel_err, allow_nonfinite)
+        accepted = Accepted(max_rel_err, allow_nonfinite)
         if adapter is None:
             _check_merge(state, state.sites, options)
             return self._put_in(state, options, accepted)
@@ -148,7 +144,7 @@ class Inverse:
 
     # ------------------------------------------------------------------------------- in and out
 
-    def _put_in(self, state: State, options: Options, accepted: _Accepted) -> MergeReport:
+    def _put_in(self, state: State, options: Options, accepted: Accepted) -> MergeReport:
         # What is made of a bias is made of the trained one, where an adapter has a copy of it.
         every = sorted(state.sites, key=lambda s: not s.site.at.tensor)
         sites = merged_by(every, options.quantized)
@@ -158,7 +154,7 @@ class Inverse:
                 merged = merge_site(site, tensors_at(self.model, state, site), options)
                 done[site.path] = _once(merged, done.values())
             report = reported(done.values())
-            accepted.check(report, sites)
+            accepted.check(report, {site.path: site.span for site in sites})
         except BaseException:
             for merged in reversed([*done.values()]):
                 self._take_back(state, merged)
@@ -169,7 +165,10 @@ class Inverse:
         state.merged, state.is_merged, state.options = done, True, options
         if any(site.site.tie == "untie" for site in sites):
             state.untied = ties.untie(self.model)
-        dismount_all(self.model, (module for module, _ in by_module(sites, state.plans)))
+        withdraw_all(self.model, state)
+        here = set(map(id, sites))
+        rest = [site for site in every if id(site) not in here]
+        mount_sites(self.model, state, rest, str(state.live))
         return report
 
     def _take_back(self, state: State, merged: MergedSite) -> bool:
@@ -193,7 +192,8 @@ class Inverse:
         state.merged, state.is_merged = {}, False
         ties.tie_again(state.untied)
         state.untied = ()
-        mount_all(self.model, _modules(state))
+        withdraw_all(self.model, state)
+        make_live(self.model, state, state.live)
 
     def _by_corrections(self, state: State) -> None:
         _check_edited(state)
@@ -237,7 +237,7 @@ class Inverse:
             put_back(merged)
 
     def _instead(
-        self, state: State, live: Live, options: Options, accepted: _Accepted
+        self, state: State, live: Live, options: Options, accepted: Accepted
     ) -> MergeReport:
         """Merge something else than what is merged or live; if that fails, all is as it was."""
         before, was_merged, with_options = state.live, state.is_merged, state.options
@@ -254,46 +254,7 @@ class Inverse:
             raise
 
 
-@dataclass(frozen=True, slots=True)
-class _Accepted:
-    """What a merge may lose."""
-
-    max_rel_err: float | None
-    nonfinite: bool
-
-    def check(self, report: MergeReport, sites: Sequence[PlannedSite]) -> None:
-        """Raises StateError: E430 for what is not finite, E431 for what is lost, at every site."""
-        found, spans = Report(), {site.path: site.span for site in sites}
-        for site in report.sites:
-            rounding = site.rounding
-            if not (rounding.finite or self.nonfinite):
-                found.error(
-                    "E430",
-                    f"`{site.path}`: of {rounding.elements:,} merged weights {_beyond(rounding)}",
-                    spans[site.path],
-                    hint="look at the adapter's scale and at the dtype of the base; "
-                    "allow_nonfinite=True merges all the same",
-                )
-            if self.max_rel_err is not None and rounding.relative > self.max_rel_err:
-                found.error(
-                    "E431",
-                    f"`{site.path}`: rounding to the base's dtype is off by "
-                    f"{rounding.relative:.1e} of the largest weight",
-                    spans[site.path],
-                    hint=f"{self.max_rel_err:.1e} is accepted; load the base in a wider dtype",
-                )
-        found.stop()
-
-
-_ANYTHING = _Accepted(None, True)
-
-
-def _beyond(rounding: Rounding) -> str:
-    counts = (
-        (rounding.overflowed, "are beyond the range of its dtype"),
-        (rounding.nonfinite, "are infinite or no number"),
-    )
-    return " and ".join(f"{count:,} {what}" for count, what in counts if count)
+_ANYTHING = Accepted(None, True)
 
 
 def tensors_at(model: nn.Module, state: State, site: PlannedSite) -> Mapping[str, Tensor]:
@@ -315,11 +276,6 @@ def remove_site(site: PlannedSite) -> None:
     remove_parameters(site.site.module, site.adapter)
     for follower in site.site.followers:
         unlink_follower(follower, site.holders)
-
-
-def _modules(state: State) -> list[tuple[nn.Module, Lowerings]]:
-    """The modules that what is live runs at."""
-    return by_module(state.sites, state.plans)
 
 
 # ------------------------------------------------------------------------------------ checks

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from surgery.errors import Report, Span
 from surgery.precision import Rounding
 from surgery.report import aligned, shown_bytes
 
@@ -81,3 +83,57 @@ def _plain(site: SiteMerge) -> dict[str, object]:
         "kept": site.kept,
         "bytes": site.bytes,
     }
+
+
+# ------------------------------------------------------------------------------ what is accepted
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """What a merge may lose.
+
+    max_rel_err: the largest rounding error of a site, as a share of its largest weight; None for
+    any. nonfinite: whether merged weights may be infinite or no number.
+    """
+
+    max_rel_err: float | None = None
+    nonfinite: bool = False
+
+    def check(self, merged: MergeReport, spans: Mapping[str, Span | None]) -> None:
+        """Of every site, with the span of the statement that chose it; raises as `check_site`."""
+        found = Report()
+        for site in merged.sites:
+            self._tell(site.path, site.rounding, spans[site.path], found)
+        found.stop()
+
+    def check_site(self, path: str, rounding: Rounding) -> None:
+        """Raises StateError: E430 for what is not finite, E431 for what rounding loses."""
+        found = Report()
+        self._tell(path, rounding, None, found)
+        found.stop()
+
+    def _tell(self, path: str, rounding: Rounding, span: Span | None, found: Report) -> None:
+        if not (rounding.finite or self.nonfinite):
+            message = f"`{path}`: of {rounding.elements:,} merged weights {_beyond(rounding)}"
+            found.error(
+                "E430",
+                message,
+                span,
+                hint="look at the adapter's scale and at the dtype of the base; "
+                "allow_nonfinite merges all the same",
+            )
+        if self.max_rel_err is not None and rounding.relative > self.max_rel_err:
+            found.error(
+                "E431",
+                f"`{path}`: rounding is off by {rounding.relative:.1e} of the largest weight",
+                span,
+                hint=f"{self.max_rel_err:.1e} is accepted; a wider dtype rounds less",
+            )
+
+
+def _beyond(rounding: Rounding) -> str:
+    counts = (
+        (rounding.overflowed, "are beyond the range of its dtype"),
+        (rounding.nonfinite, "are infinite or no number"),
+    )
+    return " and ".join(f"{count:,} {what}" for count, what in counts if count)

@@ -19,7 +19,7 @@ from surgery.algebra.beginnings import stream
 from surgery.algebra.rows import is_reproducible
 from surgery.checksums import Checksum, checksum, machine
 from surgery.merge_report import MergeReport, SiteMerge
-from surgery.merging import How, Leaves, MergedMatrix
+from surgery.merging import How, Leaves, MergedMatrix, leaves_of
 from surgery.model import storage
 from surgery.model.holder import parameters_of
 from surgery.model.hooked import execution_device
@@ -120,7 +120,7 @@ def merge_site(site: PlannedSite, parameters: Mapping[str, Tensor], options: Opt
     matrices = tuple(
         merging.merge(leaves, _rows_of(one), _rows_into(into), how, keep=packs)
         for leaves, one, into in zip(
-            leaves_of(site, parameters, bias), _each(site, whole), _each(site, made), strict=True
+            _leaves_of(site, parameters, bias), _each(site, whole), _each(site, made), strict=True
         )
     )
     done = MergedSite(site, matrices, told=_told(parameters), machine=machine())
@@ -179,26 +179,13 @@ def without_base(merged: MergedSite) -> MergedSite:
     return replace(merged, weight=None)
 
 
-def leaves_of(
+def _leaves_of(
     site: PlannedSite, parameters: Mapping[str, Tensor], bias: Tensor | None
 ) -> tuple[Leaves, ...]:
-    """What each matrix of a site is made of besides W; bias: b of the site, of the base."""
+    """As `merging.leaves_of`, to compute where the site's module does if it can."""
     device = execution_device(site.site.module)
-    if device.type in _NO_DOUBLE:
-        device = torch.device("cpu")
-    batch = site.site.batch
-    if batch is None:
-        return (Leaves(site, parameters, bias, device),)
-    shared = {p.name for p in site.form.parameters if p.shared}
-    return tuple(
-        Leaves(
-            site,
-            {n: v if n in shared else v[index] for n, v in parameters.items()},
-            None if bias is None else bias[index],
-            device,
-        )
-        for index in range(batch)
-    )
+    device = torch.device("cpu") if device.type in _NO_DOUBLE else device
+    return leaves_of(site, parameters, bias, device)
 
 
 _NO_DOUBLE = frozenset({"mps"})
@@ -290,7 +277,7 @@ def base_matrix(merged: MergedSite, parameters: Mapping[str, Tensor]) -> Tensor 
     packs = [m.packed for m in merged.matrices if m.packed is not None]
     made = torch.empty(whole.shape, dtype=packs[0].dtype, device=whole.device)
     every = zip(
-        leaves_of(site, parameters, _base_bias(merged)),
+        _leaves_of(site, parameters, _base_bias(merged)),
         merged.matrices,
         packs,
         _each(site, whole),
@@ -383,7 +370,7 @@ def by_arithmetic(merged: MergedSite, parameters: Mapping[str, Tensor]) -> Tenso
     assert whole is not None
     made = torch.empty_like(whole)
     every = zip(
-        leaves_of(site, parameters, _base_bias(merged)),
+        _leaves_of(site, parameters, _base_bias(merged)),
         merged.matrices,
         _each(site, whole),
         _each(site, made),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import inf, lcm
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from surgery.algebra.rows import RowEvaluator, by_rows, step
 from surgery.algebra.rules import is_zero
 from surgery.checksums import Checksum
 from surgery.corrections import packed, unpacked
+from surgery.mixture import owned_parameters
 from surgery.planned import PlannedSite
 from surgery.precision import Round, Rounding, measured, rounded
 
@@ -30,6 +32,8 @@ Read = Callable[[int, int], Tensor]
 
 Write = Callable[[int, int, Tensor], None]
 """Takes such rows."""
+
+_linalg: Any = torch.linalg  # which does not say that it has its error
 
 BLOCK = 2**19
 """Elements of W in a block: 4 MiB in float64, which stays in a processor's cache."""
@@ -74,6 +78,30 @@ class Leaves:
 
         domain = Domain(self.site.form.names, leaf, lambda: anchor)
         return RowEvaluator(domain, reproducible, bits)
+
+
+def leaves_of(
+    site: PlannedSite,
+    parameters: Mapping[str, Tensor],
+    bias: Tensor | None,
+    device: torch.device | str = "cpu",
+) -> tuple[Leaves, ...]:
+    """What each matrix of a site is made of besides W.
+
+    parameters, bias: of the whole site; of a batch, of every matrix, but what all of them share.
+    """
+    if site.site.batch is None:
+        return (Leaves(site, parameters, bias, device),)
+    shared = {name for name, _, p in owned_parameters(site) if p.shared}
+    return tuple(
+        Leaves(
+            site,
+            {n: v if n in shared else v[i] for n, v in parameters.items()},
+            None if bias is None else bias[i],
+            device,
+        )
+        for i in range(site.site.batch)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,7 +343,7 @@ class Back:
         rows = {**(own or {}), MERGED: wide}
         try:
             (made,) = self._values.all_rows((self._back,), start, stop, rows, spent=True)
-        except RuntimeError:  # of a singular matrix, which it is each time
+        except _linalg.LinAlgError:  # of a singular matrix, which it is each time
             return None
         # What is no number has bits that depend on the processor.
         room = wide if made.is_contiguous() else None

@@ -1,49 +1,30 @@
-"""The handle of an adapted model, and the two ways to one: compile a spec, attach a folder."""
+"""The handle of an adapted model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, fx, nn
 
-from surgery import lower, materialize, mount
-from surgery.check import Resolved, Values, adapts_nothing, findings, resolve
-from surgery.errors import Diagnostic, Report, SurgeryError, error_of, refuse
-from surgery.inverse import Inverse, remove_site
-from surgery.language.library import Library
-from surgery.language.parse import parse
-from surgery.language.syntax import Spec
-from surgery.live import single
-from surgery.located import shared_at
-from surgery.mixture import live_sites
-from surgery.model.hooked import adopt
-from surgery.observation import Data, Loss, Progress, Seen
-from surgery.plan import Plan, PlannedSite, plan_assignments
-from surgery.plan import plan as make_plan
-from surgery.redistribution import looked_at
-from surgery.state import Adapter, State, forget_state, keep_state, require_state, state_of
+from surgery import lower
+from surgery.errors import refuse
+from surgery.inverse import Inverse
+from surgery.plan import Plan
+from surgery.state import State, require_state
 from surgery.switching import chosen, live_of, make_live
-from surgery.tensors import add_banks, begin_pending, tensors_of
+from surgery.tensors import begin_pending, tensors_of
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from surgery.artifact import SaveReport
     from surgery.mapping import StateDictMapping
-    from surgery.programs import Form
-
-    Model = nn.Module | ExportedProgram
 
 # Names and files are a fifth of all code, and are imported when they are first asked for.
-
-SpecLike = Spec | str | Path
-
-_NOTHING_SEEN: Seen = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,256 +172,3 @@ def joined(plans: Iterator[Plan]) -> Plan:
             diagnostics=(*first.diagnostics, *plan.diagnostics),
         )
     return first
-
-
-# ----------------------------------------------------------------------------------- compile
-
-
-def read_spec(spec: SpecLike) -> Spec:
-    """A spec from a file, from its text, or as it is. Raises SpecSyntaxError, ArtifactError.
-
-    A text that names an existing file, or ends in `.peft`, is a path.
-    """
-    if isinstance(spec, Spec):
-        return spec
-    if isinstance(spec, Path) or spec.endswith(".peft"):
-        from surgery.include import load
-
-        return load(spec)
-    return parse(spec)
-
-
-def check(spec: SpecLike, values: Values | None = None) -> tuple[Diagnostic, ...]:
-    """Everything that is wrong with a spec, as far as it can be seen without a model."""
-    try:
-        return tuple(findings(read_spec(spec), Library.standard(), values))
-    except SurgeryError as error:
-        return error.diagnostics
-
-
-def plan(
-    spec: SpecLike,
-    model: Model,
-    *,
-    values: Values | None = None,
-    dtype: torch.dtype | None = None,
-    mode: Form | None = None,
-) -> Plan:
-    """What a spec would do to a model; neither is touched, and the model may lie on meta.
-
-    values: of the spec's `param`s. dtype: of the adapters' parameters; by default float32 on a
-    base of 16 bits or less, else the base's own. mode: as for `compile`. Raises SurgeryError with
-    all that does not fit.
-    """
-    target = target_of(model, mode)
-    made = make_plan(resolve(read_spec(spec), Library.standard(), values), target, dtype)
-    lower.check(made)
-    if made.resolved.live is not None:
-        plans = dict.fromkeys(made.adapters, made)
-        lower.check_sites(live_sites(made.resolved.live, plans), plans)
-    return made
-
-
-def compile_model(
-    spec: SpecLike,
-    model: Model,
-    *,
-    seed: int = 0,
-    values: Values | None = None,
-    dtype: torch.dtype | None = None,
-    inplace: bool = True,
-    mode: Form | None = None,
-    data: Iterable[Any] | None = None,
-    loss: Loss | None = None,
-    progress: Progress | None = None,
-) -> Compiled:
-    """Adapt a model in place, or a twin of it. Whatever goes wrong, the model is left as it was.
-
-    seed: of the random beginnings; each parameter has a stream of its own, so the order does not
-    matter. inplace: False leaves the model alone, and the handle's `model` is a twin that shares
-    the storage of every parameter and buffer. mode: "graph" for a model that is one graph, which
-    the handle's `model` then is; "module" by default, and "graph" for a GraphModule and an exported
-    program. A module or a program that becomes a graph stays as it is. data, loss, progress: for
-    beginnings that read data; see `observation.Data`. Other arguments as for
-    `plan`. A second call adds its adapters beside those that are there. Raises SurgeryError.
-    """
-    target = target_of(model, mode, inplace)
-    made = plan(spec, target, values=values, dtype=dtype)
-    if not made.adapters:
-        raise error_of([adapts_nothing(made.resolved.spec)])
-    _refuse_merged(state_of(target))
-    told = None if data is None else Data(data, loss, progress)
-    made, seen = looked_at(made, target, told, seed, dtype)
-    return _twin_or_not(_put_on(target, made, seed, {}, seen), model)
-
-
-def target_of(model: Model, mode: Form | None, inplace: bool = True) -> nn.Module:
-    """The model that is adapted for one that was given; see `surgery.programs`."""
-    whole = isinstance(model, fx.GraphModule) or mode == "graph"
-    if isinstance(model, nn.Module) and inplace and not whole:
-        return model
-    from surgery import programs
-
-    return programs.target_of(model, mode, inplace)
-
-
-def _put_on(
-    model: nn.Module,
-    made: Plan,
-    seed: int,
-    given: Mapping[str, Tensor],
-    seen: Seen = _NOTHING_SEEN,
-) -> Compiled:
-    """Make the holders and all tensors, then mount; undo everything if anything fails."""
-    state = state_of(model) or State()
-    _refuse_known_names(state, made)
-    _refuse_merged(state)
-    fresh, live = state_of(model) is None, state.live
-    base = mount.base_parameters(model)
-    flags = {name: p.requires_grad for name, p in base.items()}
-    try:
-        holders = [mount.add_holder(s.site.module, *s.holders) for s in made.sites]
-        adopt(model)  # a hook may now tell where the sites run, and so where tensors belong
-        banks = add_banks(model, made, seed, given)
-        tensors = [
-            materialize.site_tensors(
-                s,
-                seed,
-                {**_given_at(s, given), **shared_at(model, made, s)},
-                seen.get((s.adapter, s.path), {}),
-            )
-            for s in made.sites
-        ]
-        for site, holder, values in zip(made.sites, holders, tensors, strict=True):
-            _fill(holder, site, values, banks)
-        for parameter in base.values():
-            parameter.requires_grad_(False)
-        _register(model, state, made, seed, flags if fresh else state.flags)
-    except BaseException:
-        if state.live != live:
-            make_live(model, state, live)
-        _take_off(model, made, state, flags, fresh)
-        raise
-    return Compiled(model)
-
-
-def _twin_or_not(compiled: Compiled, model: Model) -> Compiled:
-    """The handle; its model shares tensors with one that was given, if it is another."""
-    state = require_state(compiled.model)
-    state.shares = state.shares or compiled.model is not model
-    return compiled
-
-
-def _refuse_merged(state: State | None) -> None:
-    if state is not None and state.is_merged:
-        refuse("E402", f"`{state.live}` is merged", hint="unmerge() before adding adapters")
-
-
-def _refuse_known_names(state: State, made: Plan) -> None:
-    report = Report()
-    for name in made.adapters:
-        if name in state.adapters:
-            report.error(
-                "E412",
-                f"the model has an adapter `{name}` already",
-                hint=f"name the new one: `adapter {name}_2 {{ … }}`, or unload() first",
-            )
-    report.stop()
-
-
-def _given_at(site: PlannedSite, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    if not given:
-        return {}
-    names = {p.name: site.adapted(p.name) for p in site.form.parameters if not p.shared}
-    # What is drawn again may be in no file, and whatever else must be was found missing before.
-    return {name: given[adapted] for name, adapted in names.items() if adapted in given}
-
-
-def _fill(
-    holder: mount.Holder,
-    site: PlannedSite,
-    values: Mapping[str, Tensor],
-    banks: Mapping[str, mount.Holder],
-) -> None:
-    trained = frozenset(p.name for p in site.form.parameters if p.trained)
-    mount.add_parameters(holder, mount.Tensors(values, trained))
-    if site.adapter in banks and any(p.shared for p in site.form.parameters):
-        mount.link_shared(holder, banks[site.adapter])
-    for follower in site.site.followers:
-        mount.link_follower(follower, site.holders, holder)
-
-
-def _register(
-    model: nn.Module, state: State, made: Plan, seed: int, flags: dict[str, bool]
-) -> None:
-    live = made.resolved.live
-    if live is None and not state.live and not state.adapters and made.adapters:
-        live = single(made.adapters[0])
-    for name in made.adapters:
-        state.adapters[name] = Adapter(name, made, seed)
-    state.flags = flags
-    keep_state(model, state)
-    if live is not None:
-        Compiled(model).activate(str(live))
-
-
-def _take_off(
-    model: nn.Module, made: Plan, state: State, flags: dict[str, bool], fresh: bool
-) -> None:
-    for site in made.sites:
-        remove_site(site)
-    for name in made.adapters:
-        mount.remove_parameters(model, name)
-        state.adapters.pop(name, None)
-    if fresh:
-        mount.give_back(model)
-    mount.set_requires_grad(model, flags)
-    if fresh:
-        forget_state(model)
-
-
-# ------------------------------------------------------------------------------------ attach
-
-
-def attach(
-    directory: str | Path,
-    model: Model,
-    *,
-    dtype: torch.dtype | None = None,
-    inplace: bool = True,
-    force: bool = False,
-    mode: Form | None = None,
-) -> Compiled:
-    """Put a saved adapter, ours or peft's, on a model. No code of the folder is run.
-
-    The sites and methods are those that the folder states; nothing is selected again. `inplace` and
-    `mode` are as for `compile`. force: attach an adapter that was made on another base than this
-    model. Raises ArtifactError for a folder that is not whole or was made on another base (E522),
-    PlanError where it does not fit this model; the model is left as it was.
-    """
-    from surgery.artifact import check_tensors, load_artifact
-    from surgery.digests import check_base
-
-    target = target_of(model, mode, inplace)
-    _refuse_merged(state_of(target))
-    loaded = load_artifact(Path(directory), target)
-    made = plan_assignments(loaded.resolved, target, loaded.assignments, loaded.adapter, dtype)
-    lower.check(made)
-    check_tensors(made, loaded)
-    if not force:
-        check_base(made.sites, loaded.base, str(directory))
-    return _twin_or_not(_put_on(target, made, loaded.seed, loaded.tensors), model)
-
-
-def of(model: nn.Module) -> Compiled:
-    """The handle of an adapted model again. Raises StateError (E401) if it has no adapter.
-
-    A model that was offloaded since, by hooks that place whole submodules, needs this before it is
-    trained or merged; its adapter parameters are then new objects.
-    """
-    require_state(model)
-    adopt(model)
-    return Compiled(model)
-
-
-__all__ = ["Compiled", "Resolved", "attach", "check", "compile_model", "of", "plan"]

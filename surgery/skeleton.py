@@ -307,10 +307,6 @@ def _is_table(path: str, leaf: str) -> bool:
 class Conv1D(nn.Module):
     """What stands for the layer of this name of transformers: a weight [in, out]."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Nothing runs a skeleton."""
-        raise NotImplementedError
-
 
 # Rows of layer kinds know classes by their names, so none of transformers' has to be imported.
 _QUALIFIED = {kind.name: kind.qualified for kind in KINDS}

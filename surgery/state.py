@@ -12,6 +12,7 @@ from surgery.live import Live
 from surgery.merged import MergedSite, Options
 from surgery.mixture import Plans, live_sites
 from surgery.plan import Plan, PlannedSite
+from surgery.switch import Switch
 
 _ATTRIBUTE = "_surgery_state"
 
@@ -41,6 +42,7 @@ class State:
     options: how it was merged.
     shares: whether its base tensors are another model's too, so that keeping them costs nothing.
     untied: the configs that said of the merged model that its weights are tied.
+    switch: what its modules look up, the default among it.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict[str, Adapter])
@@ -51,6 +53,7 @@ class State:
     options: Options = field(default_factory=Options)
     shares: bool = False
     untied: tuple[object, ...] = ()
+    switch: Switch = field(default_factory=Switch)
 
     @property
     def plans(self) -> Plans:

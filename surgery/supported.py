@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
+from surgery.compiling import plan
 from surgery.errors import SurgeryError
 from surgery.explanation import layer_model
 from surgery.language import syntax as ast
@@ -21,7 +22,6 @@ from surgery.mapping import ForeignConfig, Reason, peft_config
 from surgery.model.layers import KINDS
 from surgery.planned import Plan
 from surgery.resources import formats_dir, methods_dir
-from surgery.runtime import plan
 
 SIZES = (24, 36)  # fan-in and fan-out, or channels
 _SMALL, _LARGE = 4, 8

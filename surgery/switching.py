@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
-from torch import nn
+from torch import fx, nn
 
 from surgery import lower, mount
 from surgery.errors import error_of, refuse
 from surgery.language.parse import parse_live
 from surgery.live import Live, read_live, single, unknown_adapter
 from surgery.mixture import live_sites
+from surgery.model.holder import every_module
+from surgery.plan import PlannedSite
 from surgery.state import Adapter, State, state_of
+from surgery.switch import Choice
 
 
 def live_of(expression: str | None, state: State) -> Live:
@@ -24,15 +27,82 @@ def live_of(expression: str | None, state: State) -> Live:
         return Live()
     if expression in state.adapters:
         return single(expression)
+    known = state.switch.prepared.get(expression)
+    if known is not None:
+        return known
     return read_live(parse_live(expression), tuple(state.adapters), {}, "E411")
 
 
 def make_live(model: nn.Module, state: State, live: Live) -> None:
-    """Let the forward run something else. Raises PlanError (E305, E309), with nothing changed."""
-    before, after = _modules(state, state.live), _modules(state, live)
-    mount.dismount_all(model, (module for module, _ in before))
-    state.live = live
-    mount.mount_all(model, after)
+    """Let every thread's forward run something else, but where a thread chose itself.
+
+    What was prepared before is looked up: no module changes. Raises PlanError (E305, E309), with
+    nothing changed.
+    """
+    prepare(model, state, live)
+    state.live, state.switch.live = live, str(live)
+
+
+def prepare(model: nn.Module, state: State, live: Live) -> None:
+    """Let a model's modules have what they need for something to be live.
+
+    Raises PlanError (E305, E309), with nothing changed.
+    """
+    text, graph = str(live), isinstance(model, fx.GraphModule)
+    if text in state.switch.prepared and not graph:
+        return
+    sites = live_sites(live, state.plans)
+    if live.only is None:  # an adapter alone was seen to run when it came
+        lower.check_sites(sites, state.plans)
+    if graph:  # which has one graph, for what is live
+        withdraw(model, state, tuple(state.switch.prepared))
+        mount.run_base(model)
+    try:
+        mount_sites(model, state, sites, text)
+    except BaseException:
+        withdraw(model, state, (text,))
+        if graph and state.live != live:
+            prepare(model, state, state.live)
+        raise
+    state.switch.prepared[text] = live
+
+
+def mount_sites(model: nn.Module, state: State, sites: Sequence[PlannedSite], text: str) -> None:
+    """Let some sites run while something is live of that text."""
+    if not sites:
+        return
+    paths = {id(site.site.module): site.site.owner for site in sites}
+    modules = lower.by_module(sites, state.plans)
+    mount.mount_all(model, modules, text, state.switch, paths)
+
+
+def withdraw(model: nn.Module, state: State, texts: Sequence[str]) -> None:
+    """Undo `prepare`; what is live in no thread may be withdrawn."""
+    if not texts:
+        return
+    for module in every_module(model):
+        for text in texts:
+            mount.forget(module, text)
+    for text in texts:
+        state.switch.prepared.pop(text, None)
+
+
+def withdraw_all(model: nn.Module, state: State) -> None:
+    """Let every module run its own forward, whatever is live."""
+    for module in every_module(model):
+        mount.dismount(module)
+    mount.run_base(model)
+    state.switch.prepared.clear()
+
+
+# ------------------------------------------------------------------------------ in one thread
+
+
+@contextmanager
+def here(state: State, choice: Choice) -> Generator[None]:
+    """Let something that is prepared be live in this thread."""
+    with state.switch.chosen(choice):
+        yield
 
 
 @contextmanager
@@ -48,14 +118,6 @@ def base_alone(model: nn.Module) -> Generator[None]:
         yield
     finally:
         make_live(model, state, live)
-
-
-def _modules(state: State, live: Live) -> list[tuple[nn.Module, lower.Lowerings]]:
-    """The modules that something live runs at. Raises PlanError where it cannot."""
-    sites = live_sites(live, state.plans)
-    if live.only is None:  # an adapter alone was seen to run when it came
-        lower.check_sites(sites, state.plans)
-    return lower.by_module(sites, state.plans)
 
 
 def chosen(state: State, name: str | None) -> Adapter:

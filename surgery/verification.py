@@ -11,17 +11,18 @@ from torch import Tensor, nn
 
 from surgery.algebra.beginnings import stream
 from surgery.check import Values
+from surgery.compiling import SpecLike, compile_model, target_of
 from surgery.errors import refuse
 from surgery.model.holder import under_adapters
 from surgery.observation import Loss
 from surgery.plan import Plan
-from surgery.runtime import Compiled, SpecLike, compile_model, target_of
+from surgery.runtime import Compiled
 from surgery.state import require_state, state_of
 
 if TYPE_CHECKING:
+    from surgery.compiling import Model
     from surgery.gradients import WithoutGradient
     from surgery.programs import Form
-    from surgery.runtime import Model
 
 Run = Callable[[nn.Module], object]
 

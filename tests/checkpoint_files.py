@@ -46,6 +46,12 @@ def sharded(folder: Path, shards: int) -> dict[str, Tensor]:
     return tensors
 
 
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of the files in a folder."""
+    every = (files.load_file(path) for path in sorted(folder.glob("*.safetensors")))
+    return {name: tensor for one in every for name, tensor in one.items()}
+
+
 def same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are of one dtype, shape and bits."""
     if a.dtype != b.dtype or a.shape != b.shape:

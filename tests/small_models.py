@@ -38,6 +38,12 @@ untyped: Any = torch  # whose types are not complete
 TOKENS = torch.tensor([[3, 5, 1, 7, 2], [2, 0, 11, 4, 6]])
 
 
+def logits(model: nn.Module, tokens: Tensor = TOKENS) -> Tensor:
+    """Of a language model."""
+    with torch.no_grad():
+        return cast(Any, model)(tokens).logits
+
+
 def llama_config(**given: Any) -> LlamaConfig:
     """Two layers, whose sizes are all different; some of it may be given otherwise."""
     return LlamaConfig(

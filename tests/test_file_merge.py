@@ -17,10 +17,10 @@ import small_models
 import torch
 import transformers
 from beside_peft import close, output, saved_by_peft
-from checkpoint_files import contents, refused
-from small_models import TOKENS, untyped
+from checkpoint_files import contents, refused, tensors
+from small_models import logits, untyped
 from support import moved
-from torch import Tensor, nn
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import surgery
@@ -86,16 +86,6 @@ def adapter(model: nn.Module, spec: str, at: Path, name: str | None = None) -> P
     moved(compiled, name)
     compiled.save(at, name)
     return at
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    every = (files.load_file(path) for path in sorted(folder.glob("*.safetensors")))
-    return {name: tensor for one in every for name, tensor in one.items()}
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return cast(Tensor, model(TOKENS).logits)
 
 
 CASES: dict[str, tuple[Make, str]] = {

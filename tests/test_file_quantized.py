@@ -13,10 +13,10 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from checkpoint_files import contents, refused, same
-from small_models import untyped
+from checkpoint_files import contents, refused, same, tensors
+from small_models import logits, untyped
 from support import moved
-from torch import Tensor, nn
+from torch import nn
 
 import surgery
 from surgery import file_quantized, file_tensors
@@ -98,16 +98,6 @@ def pefts(base: Path, targets: list[str], at: Path) -> Path:
     return at
 
 
-def tensors(folder: Path) -> dict[str, Tensor]:
-    every = (files.load_file(path) for path in sorted(folder.glob("*.safetensors")))
-    return {name: tensor for one in every for name, tensor in one.items()}
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return cast(Tensor, model(TOKENS).logits)
-
-
 def unmerged(out: Path, monkeypatch: pytest.MonkeyPatch) -> Mapping[str, bytes]:
     """The files that are made again where no library reads quantised weights."""
 
@@ -165,7 +155,7 @@ def test_files_are_merged_as_models_are_and_back(
     whole = [s for s in made.report.sites if "_proj" in s.path]
     assert all(s.way == "base" and s.kept >= s.bytes for s in whole)
     again = loaded(out)
-    assert torch.equal(logits(again), logits(model))
+    assert torch.equal(logits(again, TOKENS), logits(model, TOKENS))
     if how == "requantize":
         headers = (len(data) for name, data in contents(out).items() if name in before)
         assert [*headers] == [len(data) for data in before.values()]
@@ -196,7 +186,7 @@ def test_what_is_quantised_may_stay_with_its_adapter(
     compiled = surgery.attach(out / left, again)
     compiled.activate(f"{factor}*default")
     assert {site.path for site in compiled.plan.sites} == {*paths}
-    assert torch.equal(logits(again), logits(model))
+    assert torch.equal(logits(again, TOKENS), logits(model, TOKENS))
     assert (out / left / "adapter_config.json").exists()
     nothing = surgery.merge_files(folder, base, tmp_path / "o", quantized="separate", undo="none")
     said = refused(

@@ -18,7 +18,7 @@ from beside_peft import saved_by_peft
 from checkpoint_files import contents
 from hypothesis import given
 from hypothesis import strategies as st
-from small_models import TOKENS, untyped
+from small_models import logits, untyped
 from support import moved
 from torch import Tensor, nn
 
@@ -83,12 +83,11 @@ def qwen() -> nn.Module:
     return made("Qwen3MoeForCausalLM", num_experts=3, num_experts_per_tok=2, **sizes, **DECODER)
 
 
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        if "Image" in type(model).__name__:
-            generator = torch.Generator().manual_seed(1)
-            return cast(Tensor, model(torch.randn(2, 3, 8, 8, generator=generator)).logits)
-        return cast(Tensor, model(TOKENS).logits)
+def answer(model: nn.Module) -> Tensor:
+    if "Image" in type(model).__name__:
+        pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+        return logits(model, pixels)
+    return logits(model)
 
 
 def loaded(folder: Path, like: nn.Module) -> nn.Module:
@@ -118,8 +117,8 @@ def test_files_are_merged_by_the_names_of_the_model(case: str, tmp_path: Path) -
     compiled.save(tmp_path / "a")
     surgery.merge_files(tmp_path / "a", tmp_path / "base", tmp_path / "out")
     merged = loaded(tmp_path / "out", model)
-    assert not torch.allclose(logits(merged), logits(make()), atol=1e-5)
-    torch.testing.assert_close(logits(merged), logits(model), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(answer(merged), answer(make()), atol=1e-5)
+    torch.testing.assert_close(answer(merged), answer(model), atol=1e-5, rtol=1e-4)
     surgery.unmerge_files(tmp_path / "out", tmp_path / "back")
     assert contents(tmp_path / "back") == before
 
@@ -145,9 +144,9 @@ def test_folders_of_peft_are_merged_by_them_too(
     adapted = saved_by_peft(make, theirs.LoraConfig(r=2, **config), tmp_path / "a")
     surgery.merge_files(tmp_path / "a", tmp_path / "base", tmp_path / "out")
     merged = loaded(tmp_path / "out", model)
-    expected = logits(cast(Any, adapted).get_base_model())
-    assert not torch.allclose(expected, logits(model), atol=1e-5)
-    torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-4)
+    expected = answer(cast(Any, adapted).get_base_model())
+    assert not torch.allclose(expected, answer(model), atol=1e-5)
+    torch.testing.assert_close(answer(merged), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_of_what_is_joined_each_tensor_is_merged_by_its_own_rows(
@@ -163,7 +162,7 @@ def test_of_what_is_joined_each_tensor_is_merged_by_its_own_rows(
         blocks = [m["blocks"] for row in shard["changed"] for m in row["matrices"]]
         assert len(blocks) == 2 * 2 * 3
         assert max(sum(stop - start for start, stop, _ in own) for own in blocks) <= most
-        torch.testing.assert_close(logits(loaded(out, model)), logits(model))
+        torch.testing.assert_close(answer(loaded(out, model)), answer(model))
         surgery.unmerge_files(out)
         assert contents(out) == contents(tmp_path / "base")
 
@@ -186,13 +185,13 @@ def test_joined_tensors_are_cast_and_rounded_by_chance(tmp_path: Path) -> None:
     merge = surgery.merge_files
     wide = tmp_path / "wide"
     merge(tmp_path / "a", tmp_path / "base", wide, dtype=torch.float64)
-    torch.testing.assert_close(logits(loaded(wide, model).float()), logits(model))
+    torch.testing.assert_close(answer(loaded(wide, model).float()), answer(model))
     surgery.unmerge_files(wide)
     assert contents(wide) == contents(tmp_path / "base")
     for name in ("one", "two"):
         merge(tmp_path / "a", tmp_path / "base", tmp_path / name, round="stochastic", seed=3)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
-    torch.testing.assert_close(logits(loaded(tmp_path / "one", model)), logits(model))
+    torch.testing.assert_close(answer(loaded(tmp_path / "one", model)), answer(model))
 
 
 def refused(code: str, at: Path, **options: Any) -> str:

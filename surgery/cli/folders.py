@@ -64,7 +64,7 @@ def convert(
 
 
 def _module(reference: str, *, meta: bool, trust: bool) -> nn.Module:
-    from surgery.runtime import target_of
+    from surgery.compiling import target_of
 
     return target_of(read_model(reference, meta=meta, trust=trust), None)
 

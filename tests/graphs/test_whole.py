@@ -105,7 +105,8 @@ def test_what_fails_leaves_the_graph_as_it_was(
     model = as_graph(form)
     before: tuple[object, ...] = (model.graph, model.code, model.__class__)
 
-    def fail(_: nn.Module, modules: Sequence[object]) -> None:
+    def fail(_: nn.Module, modules: Sequence[object], *rest: object) -> None:
+        del rest
         if modules:
             raise RuntimeError("no")
 

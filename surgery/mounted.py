@@ -1,0 +1,261 @@
+"""What a mounted module is: a cached subclass of its own class, and a table of what it runs.
+
+Its `forward` looks up, by what is live, the code of a site graph, so that a switch changes no
+module. Parameters that are graphs, which the base's own forward reads, are looked up the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import reduce, wraps
+from threading import local
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from surgery.lower import Lowerings, by_mode, lower, lower_values
+from surgery.model.holder import parameters_of
+from surgery.model.hooked import storage_of_kind
+from surgery.model.layers import LayerKind
+from surgery.nodes import UNPACKED
+from surgery.routing import routed
+from surgery.switch import Switch
+from surgery.values import raw
+
+RUNS = "_surgery_runs"
+"""The attribute of a mounted module that is what it runs."""
+
+Forward = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What a mounted class has beyond its base: what any of its adapters needs.
+
+    called: whether some run in place of the forward. computed: the parameters that are computed.
+    own: the parameters of which one has the base's own beside the computed. packed: the kind of
+    layer whose weight lies packed, if it does.
+    """
+
+    called: bool = False
+    computed: frozenset[str] = frozenset()
+    own: frozenset[str] = frozenset()
+    packed: LayerKind | None = None
+
+    def __or__(self, other: Form) -> Form:
+        """What has all of both."""
+        return Form(
+            self.called or other.called,
+            self.computed | other.computed,
+            self.own | other.own,
+            self.packed or other.packed,
+        )
+
+
+def form_of(keys: Lowerings) -> Form:
+    """What a class needs to run some sites."""
+    called, computed = by_mode(keys)
+    own = frozenset(n for k in computed for n in (k.form.at.parameter, k.form.at.bias))
+    kind = called[0].form.kind if called else None
+    packed = kind if kind is not None and storage_of_kind(kind) is not None else None
+    return Form(bool(called), frozenset(lower_values(computed)), own, packed)
+
+
+class Runs:
+    """What a module runs: for each text of what is live, its forward and its parameters.
+
+    keys: what these are looked up by, and made of again in copies and pickles.
+    """
+
+    __slots__ = ("base", "forwards", "keys", "path", "switch", "values")
+
+    def __init__(self, switch: Switch, base: type[nn.Module], path: str) -> None:
+        """Nothing yet, at a module of a class."""
+        self.switch, self.base, self.path = switch, base, path
+        self.keys: dict[str, Lowerings] = {}
+        self.forwards: dict[str, Forward] = {}
+        self.values: dict[str, dict[str, Callable[[nn.Module], Tensor]]] = {}
+
+    def add(self, live: str, keys: Lowerings) -> None:
+        """What runs while something is live."""
+        called, computed = by_mode(keys)
+        self.keys[live] = keys
+        base: Forward = cast(Any, self.base.forward)
+        self.forwards[live] = lower(called).run if called else remembering(base)
+        for name, graph in lower_values(computed).items():
+            value = remembered(name, _guarded(name, graph.run))
+            self.values.setdefault(name, {})[live] = value
+
+    def drop(self, live: str) -> None:
+        """Forget what runs while something is live."""
+        for known in (self.keys, self.forwards, *self.values.values()):
+            known.pop(live, None)
+
+    @property
+    def form(self) -> Form:
+        """What a class needs to run all of it."""
+        return reduce(Form.__or__, map(form_of, self.keys.values()), Form())
+
+    def __reduce__(self) -> tuple[Callable[..., Runs], tuple[object, ...]]:
+        """As what it is made of."""
+        return _runs, (self.switch, self.base, self.path, self.keys)
+
+
+def _runs(switch: Switch, base: type[nn.Module], path: str, keys: dict[str, Lowerings]) -> Runs:
+    made = Runs(switch, base, path)
+    for live, own in keys.items():
+        made.add(live, own)
+    return made
+
+
+def runs_of(module: nn.Module) -> Runs | None:
+    """What a mounted module runs; None for any other."""
+    return vars(module).get(RUNS)
+
+
+# ---------------------------------------------------------------------------------- the class
+
+# Classes are kept per base class, so that Dynamo sees one type for all sites that are alike.
+_MOUNTED: WeakKeyDictionary[type[nn.Module], dict[Form, type[nn.Module]]] = WeakKeyDictionary()
+
+
+def mounted_class(base: type[nn.Module], form: Form) -> type[nn.Module]:
+    """The subclass of `base` that runs what is live; the same one for the same form."""
+    classes = _MOUNTED.setdefault(base, {})
+    if form not in classes:
+        classes[form] = _make_class(base, form)
+    return classes[form]
+
+
+def _make_class(base: type[nn.Module], form: Form) -> type[nn.Module]:
+    def reduce(self: nn.Module, protocol: object) -> tuple[object, ...]:
+        del protocol
+        return _rebuild, (base, form), self.__getstate__()
+
+    members = {
+        "forward": _forward(cast(Any, base.forward)),
+        **(_called(base, form) if form.called else {}),
+        **{name: property(_value(name)) for name in form.computed},
+        **{raw(name): property(_own(name)) for name in form.own},
+        "surgery_base": base,
+        "__reduce_ex__": reduce,
+        # device maps and wrapping policies look classes up by name
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+    }
+    return type(base.__name__, (base,), members)
+
+
+def _forward(base: Forward) -> Forward:
+    """The forward that looks up what is live."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        runs = self._surgery_runs
+        choice = runs.switch.choice
+        if type(choice) is not str:
+            return routed(self, runs, choice, args, kwargs)
+        run = runs.forwards.get(choice)
+        return base(self, *args, **kwargs) if run is None else run(self, *args, **kwargs)
+
+    return wraps(base)(forward)
+
+
+def _called(base: type[nn.Module], form: Form) -> Mapping[str, object]:
+    """What the graphs of a class's sites read of it beside its parameters."""
+    forward = cast(Any, base.forward)
+
+    def call_base(self: nn.Module, x: Tensor) -> Tensor:
+        return forward(self, x)
+
+    row = None if form.packed is None else storage_of_kind(form.packed)
+    if row is None or row.packing is None:
+        return {"base": call_base}
+    return {"base": call_base, UNPACKED: property(row.packing.weight)}
+
+
+def _value(name: str) -> Callable[[nn.Module], Tensor | None]:
+    """A parameter that is a graph where what is live changes it."""
+
+    def get(self: nn.Module) -> Tensor | None:
+        runs: Runs = vars(self)[RUNS]
+        choice = runs.switch.choice
+        run = runs.values[name].get(choice) if type(choice) is str else None
+        return parameters_of(self).get(name) if run is None else run(self)
+
+    return get
+
+
+def _own(name: str) -> Callable[[nn.Module], Tensor | None]:
+    def read(self: nn.Module) -> Tensor | None:
+        return parameters_of(self).get(name)
+
+    return read
+
+
+def _guarded(name: str, run: Callable[..., Tensor]) -> Callable[[nn.Module], Tensor]:
+    """The same, with an error that no module takes for an attribute that it should look up.
+
+    What has no data is not computed: a hook that is about to bring it asks for its dtype and shape.
+    """
+
+    def read(self: nn.Module) -> Tensor:
+        own = parameters_of(self).get(name)
+        if own is not None and own.is_meta:
+            return own
+        try:
+            return run(self)
+        except AttributeError as error:
+            raise RuntimeError(f"a parameter of an adapter is missing: {error}") from error
+
+    return read
+
+
+# A forward may read a parameter many times, each expert's matrix by itself, and W' is made once.
+
+_REMEMBERED = local()
+
+
+def remembering(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward within which each parameter that is a graph is computed once."""
+
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # which finds by itself what is computed twice
+            return forward(self, *args, **kwargs)
+        every = vars(_REMEMBERED)
+        before = every.get(str(id(self)))
+        every[str(id(self))] = {}
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            if before is None:
+                del every[str(id(self))]
+            else:
+                every[str(id(self))] = before
+
+    return wraps(forward)(run)
+
+
+def remembered(name: str, read: Callable[[nn.Module], Tensor]) -> Callable[[nn.Module], Tensor]:
+    """A parameter that is a graph, computed once within the module's own forward."""
+
+    def get(self: nn.Module) -> Tensor:
+        known = None
+        if not torch.compiler.is_compiling():
+            known = cast("dict[object, Tensor] | None", vars(_REMEMBERED).get(str(id(self))))
+        if known is None:
+            return read(self)
+        key = name, torch.is_grad_enabled()  # what was computed without gradients has none
+        if key not in known:
+            known[key] = read(self)
+        return known[key]
+
+    return get
+
+
+def _rebuild(base: type[nn.Module], form: Form) -> nn.Module:
+    cls = mounted_class(base, form)
+    return cls.__new__(cls)
