@@ -42,6 +42,7 @@ from surgery.model.holder import shared_name
 from surgery.model.parts import WHOLE
 from surgery.plan import Assignment, plan_assignments
 from surgery.planned import Plan, PlannedSite, SiteClass
+from surgery.rating import written
 from surgery.remade import unlike_drawn, with_remade
 from surgery.store import (
     TensorFile,
@@ -203,9 +204,12 @@ def _explicit(sites: list[PlannedSite]) -> list[str]:
     """One statement a site, where the adapter came without any; none if that would be too long."""
     if len(sites) > _MOST_STATEMENTS or not all(map(_plain, sites)):
         return []
-    return [
-        f"match {site.path} apply {' then '.join(map(_written, site.form.links))}" for site in sites
-    ]
+    return [f"match {site.path} apply {' then '.join(_applied(site))}" for site in sites]
+
+
+def _applied(site: PlannedSite) -> Iterator[str]:
+    for index, link in enumerate(site.form.links):
+        yield _written(link) + written(site.rates, index)
 
 
 def _written(link: Link) -> str:

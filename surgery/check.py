@@ -36,6 +36,7 @@ from surgery.language import syntax as ast
 from surgery.language.library import TRAINED, Library, trained
 from surgery.language.patterns import compile_selector
 from surgery.live import NONE, Live, read_live
+from surgery.rating import rate_findings
 
 __all__ = [
     "DEFAULT_ADAPTER",
@@ -128,6 +129,7 @@ def _resolve(spec: ast.Spec, library: Library, values: Values, report: Report) -
     for pattern in _few(_patterns(spec), report):
         compile_selector(pattern, report)
     _check_wheres(wheres, names, report)
+    report.extend(rate_findings(matches, extended, names))
     _check_names(names, _chains(matches, extended, unsound, report), unsound, report)
     here = replace(names, decide=_either)
     for expr in (e for match in matches for e in _counts(match.selection)):

@@ -320,6 +320,7 @@ def _parameters(form: SiteClass) -> Iterator[Mapping[str, object]]:
             "begins": p.begins,
             "trained": p.trained,
             "shared": p.shared,
+            "lr": None if p.rate is None else str(p.rate),
         }
 
 
@@ -380,6 +381,7 @@ def _rows(told: Explanation) -> Iterator[list[str]]:
         symbolic = ", ".join(cast("list[str]", p["symbolic"]))
         shape = f"[{symbolic}] = {shown_shape(cast('list[int]', p['shape']))}"
         role = ("trained" if p["trained"] else "frozen") + (", shared" if p["shared"] else "")
+        role += f", lr {p['lr']}" if p["lr"] else ""
         yield [str(p["name"]), shape, f"{p['count']:,}", str(p["begins"]), role]
 
 

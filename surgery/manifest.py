@@ -7,7 +7,7 @@ one that is required and not known is refused, one that is optional is passed ov
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn, TypeVar, cast, get_args
@@ -26,6 +26,7 @@ from surgery.mapping import StateDictMapping
 from surgery.model.parts import WHOLE, ParameterSlice, Part
 from surgery.plan import Assignment
 from surgery.planned import PlannedSite, links_data
+from surgery.rating import Rates, data_of, stated
 
 VERSION = 1
 
@@ -47,7 +48,10 @@ COPIES = "copies"
 ROWS = "rows"
 """Sites that are some rows of a parameter as it lies; who does not know them would copy it all."""
 
-FEATURES = frozenset({COPIES, ROWS, PARTS, TIES, CHAINS, BASE_DIGESTS})
+RATES = "learning-rates"
+"""What statements say that their parameters learn at."""
+
+FEATURES = frozenset({COPIES, ROWS, PARTS, TIES, CHAINS, BASE_DIGESTS, RATES})
 
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -79,10 +83,11 @@ def manifest_data(
         CHAINS: any(len(s.form.links) > 1 for s in sites),
     }
     required = [name for name, needed in needs.items() if needed]
+    optional = [BASE_DIGESTS] * bool(base) + [RATES] * any(s.rates for s in sites)
     return {
         "version": VERSION,
         "language": language.VERSION,
-        "features": {"required": required, "optional": [BASE_DIGESTS] if base else []},
+        "features": {"required": required, "optional": optional},
         "adapter": adapter,
         "seed": seed,
         "form": form,
@@ -105,6 +110,7 @@ def _site(site: PlannedSite, base: Digest | None) -> dict[str, object]:
         "out": site.form.sizes.fan_out,
         "in": site.form.sizes.fan_in,
         **links_data(site.form.links),
+        **data_of(site.rates),
         **({} if base is None else {"base": asdict(base)}),
     }
 
@@ -246,7 +252,16 @@ class Manifest:
         at, tie = self._slice(entry), self._tie(entry.get("tie"))
         if any((link.method.kind in KINDS) is at.tensor for link in links):
             self._refuse(f"`{path}` has a method that is for another kind of site")
-        return Assignment(path, links, links[0].method.span, at, tie)
+        rates = self._rates(entry.get("lr", []), path, links)
+        return Assignment(path, links, links[0].method.span, at, tie, rates)
+
+    def _rates(self, listed: object, path: str, links: Sequence[Link]) -> Rates:
+        rows = cast("list[object]", listed) if isinstance(listed, list) else [None]
+        some = [stated(cast("dict[str, object]", r)) for r in rows if isinstance(r, dict)]
+        found = tuple(r for r in some if r is not None and 0 <= r.link < len(links))
+        if len(found) != len(rows):
+            self._refuse(f"`{path}` has {listed!r}, which are no learning rates")
+        return found
 
     def _link(self, stated: object, path: str, resolved: Resolved) -> Link:
         entry = cast("dict[str, object]", stated if isinstance(stated, dict) else {})

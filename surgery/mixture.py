@@ -171,7 +171,11 @@ class _Mixer:
         if key not in self.classes:
             self.classes[key] = self._class(live, sources)
         form = self.classes[key]
-        return None if form is None else MixedSite(first.site, str(live), form, first.span, sources)
+        return (
+            None
+            if form is None
+            else MixedSite(first.site, str(live), form, first.span, sources=sources)
+        )
 
     def _fits(self, one: PlannedSite, other: PlannedSite) -> bool:
         ways = [(s.site.tie, {*map(id, s.site.followers)}) for s in (one, other)]

@@ -38,6 +38,7 @@ from surgery.model.nearest import plural
 from surgery.model.parts import WHOLE, ParameterSlice
 from surgery.model.sites import Inventory, Site, admit, select, survey
 from surgery.planned import Plan, PlannedSite, SharedKey, SharedParameter, SiteClass
+from surgery.rating import Rates, at_odds, rates_of
 from surgery.totals import with_totals
 
 __all__ = [
@@ -75,13 +76,7 @@ def _planned(
 ) -> Plan:
     shared = tuple(_shared(sites, report))
     _check_names(sites, report)
-    made = Plan(
-        resolved,
-        sites,
-        shared,
-        *inventory.counted(),
-        tuple(report.found),
-    )
+    made = Plan(resolved, sites, shared, *inventory.counted(), tuple(report.found))
     _check_budget(made, report)
     report.stop()
     return made
@@ -92,7 +87,7 @@ class Assignment:
     """One site with its methods, as an artifact states it; nothing is left to be selected.
 
     path: of the module. links: what is put on it, in order. at: which of its parameters, and which
-    part of it.
+    part of it. rates: what all that learns at.
     """
 
     path: str
@@ -100,6 +95,7 @@ class Assignment:
     span: Span
     at: ParameterSlice = WHOLE
     tie: ast.Tie | None = None
+    rates: Rates = ()
 
 
 def plan_assignments(
@@ -129,7 +125,7 @@ def plan_assignments(
         site = admit(known[one.path], one.span, inventory, report, one.at, one.tie)
         form = None if site is None else planner.assigned(one, site)
         if site is not None and form is not None:
-            sites.append(PlannedSite(site, adapter, form, one.span))
+            sites.append(PlannedSite(site, adapter, form, one.span, one.rates))
     report.stop()
     return _planned(resolved, inventory, planner.told(sites), report)
 
@@ -190,12 +186,12 @@ class _Planner:
                 taken.setdefault(id(module), []).append((site.at, match))
             form = self._class(steps, site, known)
             if form is not None:
-                yield PlannedSite(site, adapter, form, match.span)
+                yield PlannedSite(site, adapter, form, match.span, self._rates(steps, site))
         self._report_clashes(match, clashes)
 
     def _steps(self, match: ast.Selecting) -> _Steps:
         if isinstance(match, ast.Train):
-            return ((ast.Application(TRAINED, span=match.span), trained()),)
+            return ((ast.Application(TRAINED, (), match.rates, span=match.span), trained()),)
         found = [(a, self.resolved.library.method(a.method)) for a in match.applications]
         return tuple((a, method) for a, method in found if method is not None)  # all are resolved
 
@@ -287,6 +283,14 @@ class _Planner:
         layer = {} if site.layer is None else {"layer": site.layer}
         return self.resolved.names.at({**site.sizes.names, **layer})
 
+    def _rates(self, steps: _Steps, site: Site) -> Rates:
+        """What a statement's parameters learn at; nothing where that is wrong, and reported."""
+        try:
+            return rates_of((a for a, _ in steps), lambda: self._names_at(site))
+        except SurgeryError as error:
+            self.report.extend(_without_layer(error.diagnostics, site))
+            return ()
+
     def _equations(
         self, applications: tuple[ast.Application, ...], links: tuple[Link, ...], site: Site
     ) -> Equations | None:
@@ -354,6 +358,7 @@ def _without_layer(diagnostics: Iterable[Diagnostic], site: Site) -> Iterator[Di
 def _shared(sites: Iterable[PlannedSite], report: Report) -> Iterator[SharedParameter]:
     found: dict[SharedKey, SharedParameter] = {}
     largest: dict[SharedKey, dict[str, int]] = {}
+    firsts: dict[SharedKey, PlannedSite] = {}
     for site in sites:
         form = site.form
         for p in form.parameters:
@@ -370,6 +375,8 @@ def _shared(sites: Iterable[PlannedSite], report: Report) -> Iterator[SharedPara
             before = found.get(key)
             if before is not None:
                 _check_alike(before, one, site, report)
+            first = firsts.setdefault(key, site)
+            report.extend(at_odds(p, (first.rates, first.span), (site.rates, site.span)))
             found[key] = one if before is None else _larger(before, one)
     yield from found.values()
 

@@ -23,6 +23,7 @@ from surgery.model.holder import parameter_name
 from surgery.model.parts import Part
 from surgery.model.sites import Site
 from surgery.model.tensors import buffers_beside
+from surgery.rating import Rates, data_of, written
 from surgery.report import aligned, shown_bytes, shown_shape
 from surgery.site_class import SharedKey, SiteClass
 
@@ -33,12 +34,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlannedSite:
-    """One site with what is put on it."""
+    """One site with what is put on it, and what its statement has that learn at."""
 
     site: Site
     adapter: str
     form: SiteClass
     span: Span = field(compare=False, repr=False)
+    rates: Rates = ()
 
     @property
     def path(self) -> str:
@@ -49,6 +51,12 @@ class PlannedSite:
     def holders(self) -> tuple[str, ...]:
         """The names of the holders of its parameters, from its module's own on."""
         return (self.adapter, *self.site.at.names)
+
+    @property
+    def call(self) -> str:
+        """What is put on it, as a statement has it."""
+        calls = enumerate(self.form.calls)
+        return " then ".join(f"{call}{written(self.rates, link)}" for link, call in calls)
 
     def adapted(self, name: str) -> str:
         """The name that one of its parameters has in the adapted model."""
@@ -195,7 +203,7 @@ def _row(site: PlannedSite, several: bool) -> list[str]:
         site.path or "(the model itself)",
         form.kind.name,
         " × ".join(map(str, _lengths(form))) or "a number",
-        f"{site.adapter}: {form.call}" if several else form.call,
+        f"{site.adapter}: {site.call}" if several else site.call,
         " ".join(f"{n}{shown_shape(s)}" for n, s in form.stored.items()),
         f"{trained:,}",
         form.derived.merge_class,
@@ -331,6 +339,7 @@ def _site_json(site: PlannedSite) -> dict[str, object]:
         "dtype": _dtype(form.base_dtype),
         "bias": form.has_bias,
         **links_data(form.links),
+        **data_of(site.rates),
         "equation": form.equation,
         "parameters": {
             p.name: {

@@ -53,6 +53,15 @@ def check_whole(item: ast.Declaration, p: Parameter) -> None:
         )
 
 
+def check_trained(item: ast.Declaration) -> None:
+    """Refuse a learning rate of what is not trained (E139)."""
+    if item.rate is not None and not item.trained:
+        shared = "shared " if item.shared else ""
+        message = f"`{item.name}` is not trained, and has a learning rate"
+        hint = f"declare it as `{shared}train {item.name}`, or leave the rate out"
+        refuse("E139", message, item.rate.span, hint=hint)
+
+
 def positive(length: Size, span: Span) -> None:
     """Refuse a size that is known to be none (E111)."""
     value = length.number

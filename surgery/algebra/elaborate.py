@@ -17,7 +17,13 @@ from surgery.algebra.asked import Asking
 from surgery.algebra.axes import Size, evaluate, names_in
 from surgery.algebra.bases import COMMON
 from surgery.algebra.beginnings import AFTER, DISTRIBUTIONS, Distribution
-from surgery.algebra.declared import check_draw, check_whole, of_all_sites, positive
+from surgery.algebra.declared import (
+    check_draw,
+    check_trained,
+    check_whole,
+    of_all_sites,
+    positive,
+)
 from surgery.algebra.equations import ENDING, RESERVED, SIZES, TARGETS, Equations, Parameter, Random
 from surgery.algebra.expr import (
     BIAS,
@@ -32,6 +38,7 @@ from surgery.algebra.expr import (
 from surgery.algebra.mentions import decisions, names, nodes
 from surgery.algebra.observed import LEAVES, is_lasting
 from surgery.algebra.ops import OPS
+from surgery.algebra.rates import Rate, rate
 from surgery.algebra.rules import substitute
 from surgery.algebra.scalars import Scalars, unknown_name
 from surgery.algebra.shapes import show
@@ -247,7 +254,7 @@ class Elaborator(Asking):
         beginning = p.beginning
         if isinstance(beginning, Expr):  # of what those began as that it is made of
             beginning = substitute(beginning, self._kept(beginning))
-        kept = replace(p, name=name, beginning=beginning, trained=False, of=p.name)
+        kept = replace(p, name=name, beginning=beginning, trained=False, of=p.name, rate=None)
         self.parameters[name] = replace(kept, again=self._is_told(beginning))
         return self.parameters[name]
 
@@ -290,9 +297,18 @@ class Elaborator(Asking):
         beginning = self._beginning(item, shape)
         self._define(item.name, parameter(item.name, shape), item.span)
         p = Parameter(item.name, shape, beginning, item.trained, item.shared, item.span)
+        p = replace(p, rate=self._rate(item))
         if p.whole:
             check_whole(item, p)
         self.parameters[item.name] = replace(p, again=self._is_made_again(p))
+
+    def _rate(self, item: ast.Declaration) -> Rate | None:
+        """What a parameter learns at; None where nothing says so, or what it says is a symbol."""
+        if item.rate is None:
+            return None
+        check_trained(item)
+        value = _numeric(self.size(item.rate.value), self.sizes)
+        return rate(value, item.rate.times, item.rate.value.span)
 
     def _beginning(self, item: ast.Declaration, shape: Shape) -> Random | Expr:
         if isinstance(item.beginning, ast.Draw):

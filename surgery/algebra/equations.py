@@ -18,6 +18,7 @@ from surgery.algebra.expr import (
     Shape,
     render,
 )
+from surgery.algebra.rates import Rate
 from surgery.algebra.scalars import Open
 from surgery.errors import Span
 
@@ -86,6 +87,7 @@ class Parameter:
     declared: its name in that method, where it has another here.
     of: the parameter whose beginning it keeps, which an equation needs after that has moved.
     again: whether that can be made again of the base and of what is in every file.
+    rate: what it learns at, where the method says so.
     """
 
     name: str
@@ -98,6 +100,7 @@ class Parameter:
     declared: str = ""
     of: str = ""
     again: bool = False
+    rate: Rate | None = None
 
     @property
     def declared_name(self) -> str:

@@ -23,13 +23,15 @@ def names(root: ast.Node) -> frozenset[str]:
 
 
 def decisions(method: ast.Method) -> Iterator[ast.Expression]:
-    """What must be a value, not a symbol, at a site: conditions, and the arguments of draws."""
+    """What must be a value, not a symbol, at a site: conditions, arguments of draws, rates."""
     for node in nodes(method):
         match node:
             case ast.Branch() | ast.Conditional():
                 yield node.condition
             case ast.Draw():
                 yield from (k.value for k in node.distribution.keywords)
+            case ast.Rate():
+                yield node.value
             case _:
                 continue
 

@@ -48,7 +48,41 @@ def _match(span: Span, children: Sequence[Any]) -> ast.Match:
 def _train(span: Span, children: Sequence[Any]) -> ast.Train:
     (verb,) = _only(_Verb, children)
     tie = dict(_only(_Clause, children)).get("tie")
-    return ast.Train(cast("ast.Verb", str(verb)), _selection(span, children), tie, span=span)
+    selection, rates = _selection(span, children), _rates_in(children)
+    return ast.Train(cast("ast.Verb", str(verb)), selection, tie, rates, span=span)
+
+
+def _rates_in(children: Sequence[Any]) -> tuple[ast.Rate, ...]:
+    return dict(_only(_Clause, children)).get("lr", ())
+
+
+def _rates(span: Span, children: Sequence[Any]) -> _Clause:
+    del span
+    return _Clause(("lr", tuple(children)))
+
+
+def _rate(span: Span, children: Sequence[Any]) -> ast.Rate:
+    *name, value = children
+    times = isinstance(value, _Times)
+    expression = value[0] if times else value
+    return ast.Rate(expression, times, "".join(map(str, name)), span=span)
+
+
+class _Times(tuple[Any]):
+    """How many times something is, until a rate takes it up."""
+
+    __slots__ = ()
+
+
+def _multiple(span: Span, children: Sequence[Any]) -> _Times:
+    number = str(children[0]).removesuffix("x")
+    inside = Span(span.source, span.start, span.end - 1)
+    return _Times((ast.Number(number_of(number), span=inside),))
+
+
+def _times(span: Span, children: Sequence[Any]) -> _Times:
+    del span
+    return _Times(children)
 
 
 class _Verb(str):
@@ -84,9 +118,10 @@ def _use(span: Span, children: Sequence[Any]) -> ast.Use:
 
 
 def _application(span: Span, children: Sequence[Any]) -> ast.Application:
-    name, *given = children
+    name, *rest = children
+    given = [part for part in rest if not isinstance(part, _Clause)]
     keywords = _only(ast.Keyword, given[0]) if given else ()
-    return ast.Application(str(name), keywords, span=span)
+    return ast.Application(str(name), keywords, _rates_in(rest), span=span)
 
 
 def _param(span: Span, children: Sequence[Any]) -> ast.Param:
@@ -195,8 +230,9 @@ def _tuple(span: Span, children: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def _declaration(span: Span, children: Sequence[Any]) -> ast.Declaration:
-    role, name, shape, beginning = children
-    return ast.Declaration(name.id, shape, beginning, "train" in role, "shared" in role, span=span)
+    role, name, shape, beginning, *rate = children
+    roles = ("train" in role, "shared" in role)
+    return ast.Declaration(name.id, shape, beginning, *roles, *rate, span=span)
 
 
 def _draw(span: Span, children: Sequence[Any]) -> ast.Draw:
@@ -351,6 +387,11 @@ BUILDERS: Mapping[str, Builder] = {
     "expect": _clause("expect"),
     "tie": lambda span, children: _Clause(("tie", str(children[0]))),
     "application": _application,
+    "rates": _rates,
+    "rate": _rate,
+    "rate_of": _rate,
+    "multiple": _multiple,
+    "times": _times,
     "param": _param,
     "let": _let,
     "adapter": _adapter,

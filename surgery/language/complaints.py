@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 _TERMINALS = {
     "NAME": "a name",
     "NUMBER": "a number",
+    "MULTIPLE": "a multiple such as `16x`",
+    "_MULTIPLE": "`)x`",
     "TEXT": "a text in double quotes",
     "REGEX": "a /regex/",
     "GLOB": "a name or glob",

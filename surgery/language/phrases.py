@@ -223,7 +223,22 @@ def _application(node: ast.Application) -> Doc:
     """`name(r=8)`, and `name(r = 2 * rank, alpha = r)` as soon as a value has parts of its own."""
     equals = "=" if all(_is_short(k.value) for k in node.arguments) else " = "
     arguments = [(f"{k.name}{equals}", phrase(k.value)) for k in node.arguments]
-    return (f"{node.method}(", _arguments(arguments), ")")
+    return (f"{node.method}(", _arguments(arguments), ")", *_rates(node.rates))
+
+
+def _rates(rates: Sequence[ast.Rate]) -> Sequence[Doc]:
+    """The learning rates of a statement, behind what they are of."""
+    if not rates:
+        return ()
+    return (Group(Nest((SPACE, "lr ", _arguments([*map(phrase, rates)])))),)
+
+
+def _rate(node: ast.Rate) -> Doc:
+    name = f"{node.name} " if node.name else ""
+    if not node.times:
+        return (f"{name}= ", _at(_DISJUNCTION, node.value))
+    plain = isinstance(node.value, ast.Number)
+    return (f"{name}= ", phrase(node.value) if plain else ("(", phrase(node.value), ")"), "x")
 
 
 def _is_short(node: ast.Expression) -> bool:
@@ -264,7 +279,8 @@ def _match(node: ast.Match) -> Doc:
 
 def _train(node: ast.Train) -> Doc:
     selection = node.selection
-    clauses: list[Doc] = [] if node.tie is None else [node.tie]
+    clauses: list[Doc] = [("lr ", phrase(rate)) for rate in node.rates]
+    clauses += [] if node.tie is None else [node.tie]
     if selection.expect is not None:
         clauses.append(("expect ", phrase(selection.expect)))
     optional = "optional " if selection.optional else ""
@@ -322,7 +338,8 @@ def _declaration(node: ast.Declaration) -> Doc:
         roles = "shared frozen "  # `shared` alone means the same, but not before this name
     sign = "~" if isinstance(node.beginning, ast.Draw) else "="
     beginning = _at(_DISJUNCTION, node.beginning)
-    return (f"{roles}{node.name}", _listed("[", node.shape, "]"), f" {sign} ", beginning)
+    rate: Doc = "" if node.rate is None else (", lr ", phrase(node.rate))
+    return (f"{roles}{node.name}", _listed("[", node.shape, "]"), f" {sign} ", beginning, rate)
 
 
 _SHARED_FROZEN = re.compile(r"shared\s+frozen\b")
@@ -380,6 +397,7 @@ PHRASES: Mapping[type[ast.Node], Callable[[Any], Doc]] = {
     ast.Step: _step,
     ast.Scope: _scope,
     ast.Application: _application,
+    ast.Rate: _rate,
     ast.Selection: _selection,
     ast.Match: _match,
     ast.Train: _train,

@@ -7,125 +7,41 @@ from __future__ import annotations
 
 from typing import Literal
 
+from surgery.language.expressions import (
+    Binary,
+    BinaryOperator,
+    Call,
+    Conditional,
+    Expression,
+    Keyword,
+    LiveThen,
+    Name,
+    Number,
+    Slice,
+    Subscript,
+    Text,
+    Truth,
+    Unary,
+)
 from surgery.language.node import Node, node
 
-# ---------------------------------------------------------------------------- expressions
-
-
-@node
-class Number(Node):
-    """`8`, `0.05`, `1e-4`; an int stays an int."""
-
-    value: int | float
-
-
-@node
-class Text(Node):
-    """`"out"`; `value` is without the quotes."""
-
-    value: str
-
-
-@node
-class Truth(Node):
-    """`true` or `false`."""
-
-    value: bool
-
-
-@node
-class Name(Node):
-    """`r`, `W`, `in`."""
-
-    id: str
-
-
-@node
-class Keyword(Node):
-    """`name = value` inside a call."""
-
-    name: str
-    value: Expression
-
-
-@node
-class Call(Node):
-    """`f(a, b, name = c)`; `Aᵀ` is `transpose(A)`."""
-
-    function: str
-    arguments: tuple[Expression, ...]
-    keywords: tuple[Keyword, ...] = ()
-
-
-BinaryOperator = Literal[
-    "+", "-", "*", "/", "//", "%", "**", "@", "==", "!=", "<", "<=", ">", ">=", "and", "or"
+# What stands in a module of its own, and is of the syntax as all else.
+__all__ = [
+    "Binary",
+    "BinaryOperator",
+    "Call",
+    "Conditional",
+    "Expression",
+    "Keyword",
+    "LiveThen",
+    "Name",
+    "Number",
+    "Slice",
+    "Subscript",
+    "Text",
+    "Truth",
+    "Unary",
 ]
-
-
-@node
-class Binary(Node):
-    """`left operator right`; comparisons and `and`, `or` included."""
-
-    operator: BinaryOperator
-    left: Expression
-    right: Expression
-
-
-@node
-class Unary(Node):
-    """`-a` or `not a`."""
-
-    operator: Literal["-", "not"]
-    operand: Expression
-
-
-@node
-class Conditional(Node):
-    """`then if condition else other`."""
-
-    then: Expression
-    condition: Expression
-    other: Expression
-
-
-@node
-class Slice(Node):
-    """`start:stop:step`, each part optional; in tensors and in scopes."""
-
-    start: Expression | None = None
-    stop: Expression | None = None
-    step: Expression | None = None
-
-
-@node
-class Subscript(Node):
-    """`A[:, :in]`: a slice of each axis."""
-
-    value: Expression
-    items: tuple[Slice, ...]
-
-
-@node
-class LiveThen(Node):
-    """`a then b`: an adapter on the model that has another already; only behind `activate`."""
-
-    left: Expression
-    right: Expression
-
-
-Expression = (
-    Number
-    | Text
-    | Truth
-    | Name
-    | Call
-    | Binary
-    | Unary
-    | Conditional
-    | Slice
-    | Subscript
-    | LiveThen
-)
 
 # ------------------------------------------------------------------- selectors and scopes
 
@@ -222,11 +138,24 @@ class Scope(Node):
 
 
 @node
+class Rate(Node):
+    """`lr = 16x`, so many times the learning rate; `lr = 1e-4`, one in its place.
+
+    name: of the parameter that it is of; "" for all.
+    """
+
+    value: Expression
+    times: bool
+    name: str = ""
+
+
+@node
 class Application(Node):
-    """`name(r=8)`."""
+    """`name(r=8) lr = 2x, B = 16x`."""
 
     method: str
     arguments: tuple[Keyword, ...] = ()
+    rates: tuple[Rate, ...] = ()
 
 
 @node
@@ -270,11 +199,12 @@ class Match(Node):
 
 @node
 class Train(Node):
-    """`train SELECTION share`: copies of parameters; `save SELECTION`: those of whole modules."""
+    """`train SELECTION lr = 2x share`: copies of parameters; `save SELECTION`: of whole modules."""
 
     verb: Verb
     selection: Selection
     tie: Tie | None = None
+    rates: tuple[Rate, ...] = ()
 
 
 Selecting = Match | Train
@@ -349,7 +279,7 @@ class Draw(Node):
 class Declaration(Node):
     """`train A[r, in] ~ …`, `frozen P[n] = …`, `shared A[r, in] ~ …`.
 
-    `shared` alone is frozen; `shared train` is trained.
+    `shared` alone is frozen; `shared train` is trained. rate: what stands behind `, lr =`.
     """
 
     name: str
@@ -357,6 +287,7 @@ class Declaration(Node):
     beginning: Draw | Expression
     trained: bool
     shared: bool = False
+    rate: Rate | None = None
 
 
 @node

@@ -41,12 +41,12 @@ optional match (/q_proj|v\\/x/ | mlp.* | @key[-64:rank]) & not @norm
   where type == Linear and in % 8 == 0
   except down_proj
   apply own(r = 8, alpha = wide if layer > 3 else 0.5, side = "in", plain = true)
-  then own(r=2, alpha=rank)
-  then other()
+  then own(r=2, alpha=rank) lr = 2x, A = (0.9 ** layer)x
+  then other() lr S = 1e-4
   share
   expect 3 * rank
 
-train bias in layers[*]
+train bias in layers[*] lr = 0.5x
 save lm_head untie
 
 adapter code {
@@ -62,9 +62,9 @@ adapter code {
 activate 0.7 * default - (code then default) / rank
 
 method own(r: int = 8, alpha: float) on matrix {
-  train A[r, in] ~ normal(std = 1e-4)
+  train A[r, in] ~ normal(std = 1e-4), lr = 16x
   frozen P[out / r] = (1 if r == 2 else 3)
-  shared train S[r] = 0
+  shared train S[r] = 0, lr = (alpha * r)x
   W := W - P @ (A + 1)
   if not (r == 8 or alpha < -1) {
     let part = Aᵀ[:, :in] @ f(A, n = r // 2)
@@ -192,12 +192,16 @@ selections = made(
     ast.Selection,
     *(selectors, some(scopes), default, st.none() | selectors, default, st.booleans()),
 )
-applications = made(ast.Application, names, some(made(ast.Keyword, names, expressions)))
+plain_names = names.filter(lambda word: word != "in")
+rate_of_all = made(ast.Rate, expressions, st.booleans())
+rates_of_some = some(made(ast.Rate, expressions, st.booleans(), plain_names))
+rate_or_none = st.just(()) | st.tuples(rate_of_all)
+rates = st.tuples(rate_or_none, rates_of_some).map(lambda parts: (*parts[0], *parts[1]))
+applications = made(ast.Application, names, some(made(ast.Keyword, names, expressions)), rates)
 ties = st.none() | st.sampled_from(get_args(ast.Tie))
 matches = made(ast.Match, selections, applications, ties, some(applications))
-trains = made(ast.Train, st.sampled_from(get_args(ast.Verb)), selections, ties)
+trains = made(ast.Train, st.sampled_from(get_args(ast.Verb)), selections, ties, rate_or_none)
 
-plain_names = names.filter(lambda word: word != "in")
 # A transpose is printed as one, and stands nowhere in what is live.
 values_only = calls(expressions).filter(lambda call: call.function != "transpose")
 mixes = st.recursive(
@@ -212,7 +216,9 @@ mixes = st.recursive(
 lets = made(ast.Let, names, expressions)
 beginnings = made(ast.Draw, calls(expressions)) | expressions
 flags = (st.booleans(), st.booleans())
-declarations = made(ast.Declaration, names, some(expressions, 1), beginnings, *flags)
+shapes = some(expressions, 1)
+rate = st.none() | rate_of_all
+declarations = made(ast.Declaration, names, shapes, beginnings, *flags, rate)
 equations = made(ast.Equation, st.sampled_from("Wbxy"), expressions)
 # What begins an item, of a method or of a format, is no name of what is set anew.
 items_begin = ("train", "frozen", "shared", "config", "tensor")
