@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from surgery.allocation import allocate
+    from surgery.composing import compose, compose_on
     from surgery.conversion import convert
     from surgery.explanation import explain
     from surgery.extraction import extract
     from surgery.file_merge import merge_files, plan_files
     from surgery.file_unmerge import unmerge_files
+    from surgery.grouping import groups
     from surgery.include import load
     from surgery.inspection import inspect
     from surgery.integrations.imported import import_config
@@ -31,6 +33,7 @@ try:
     from surgery.errors import Diagnostic, SurgeryError
     from surgery.language.parse import parse
     from surgery.runtime import Compiled
+    from surgery.switch import repeating
 finally:
     if _collecting:
         gc.enable()
@@ -44,10 +47,13 @@ __all__ = [
     "attach",
     "check",
     "compile",
+    "compose",
+    "compose_on",
     "convert",
     "diff",
     "explain",
     "extract",
+    "groups",
     "import_config",
     "inspect",
     "load",
@@ -56,6 +62,7 @@ __all__ = [
     "parse",
     "plan",
     "plan_files",
+    "repeating",
     "unmerge_files",
     "verify",
 ]
@@ -64,10 +71,13 @@ __version__ = "0.1.0"
 
 _LATER = {
     "allocate": "surgery.allocation",
+    "compose": "surgery.composing",
+    "compose_on": "surgery.composing",
     "convert": "surgery.conversion",
     "diff": "surgery.tensor_diff",
     "explain": "surgery.explanation",
     "extract": "surgery.extraction",
+    "groups": "surgery.grouping",
     "import_config": "surgery.integrations.imported",
     "inspect": "surgery.inspection",
     "load": "surgery.include",

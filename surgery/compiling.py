@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from surgery import lower, materialize, mount
 from surgery.check import Values, adapts_nothing, findings, resolve
+from surgery.distributed import refuse_new, refuse_wrapped, unwrapped
 from surgery.errors import Diagnostic, Report, SurgeryError, error_of, refuse
 from surgery.inverse import remove_site
 from surgery.language.library import Library
@@ -21,9 +22,10 @@ from surgery.located import shared_at
 from surgery.mixture import live_sites
 from surgery.model.hooked import adopt
 from surgery.observation import Data, Loss, Progress, Seen
-from surgery.plan import Plan, PlannedSite, plan_assignments
+from surgery.plan import Plan, PlannedSite
 from surgery.plan import plan as make_plan
 from surgery.redistribution import looked_at
+from surgery.reserving import admit_new
 from surgery.runtime import Compiled
 from surgery.state import Adapter, State, forget_state, keep_state, require_state, state_of
 from surgery.switching import make_live
@@ -112,10 +114,12 @@ def compile_model(
     `plan`. A second call adds its adapters beside those that are there. Raises SurgeryError.
     """
     target = target_of(model, mode, inplace)
+    refuse_wrapped(target)
     made = plan(spec, target, values=values, dtype=dtype)
     if not made.adapters:
         raise error_of([adapts_nothing(made.resolved.spec)])
     _refuse_merged(state_of(target))
+    refuse_new(target, made)
     told = None if data is None else Data(data, loss, progress)
     made, seen = looked_at(made, target, told, seed, dtype)
     return _twin_or_not(_put_on(target, made, seed, {}, seen), model)
@@ -153,7 +157,7 @@ def _put_on(
             materialize.site_tensors(
                 s,
                 seed,
-                {**_given_at(s, given), **shared_at(model, made, s)},
+                {**materialize.given_at(s, given), **shared_at(model, made, s)},
                 seen.get((s.adapter, s.path), {}),
             )
             for s in made.sites
@@ -169,6 +173,18 @@ def _put_on(
         _take_off(model, made, state, flags, fresh)
         raise
     return Compiled(model)
+
+
+def put_on(model: nn.Module, made: Plan, seed: int, tensors: Mapping[str, Tensor]) -> Compiled:
+    """Put a plan's adapters on a model with tensors that are known already.
+
+    tensors: all that the plan has, by their names in the model. Raises as `attach` does for a plan
+    that does not fit this model, which is left as it was.
+    """
+    _refuse_merged(state_of(model))
+    lower.check(made)
+    refuse_new(model, made)
+    return _put_on(model, made, seed, tensors)
 
 
 def _twin_or_not(compiled: Compiled, model: Model) -> Compiled:
@@ -195,14 +211,6 @@ def _refuse_known_names(state: State, made: Plan) -> None:
     report.stop()
 
 
-def _given_at(site: PlannedSite, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    if not given:
-        return {}
-    names = {p.name: site.adapted(p.name) for p in site.form.parameters if not p.shared}
-    # What is drawn again may be in no file, and whatever else must be was found missing before.
-    return {name: given[adapted] for name, adapted in names.items() if adapted in given}
-
-
 def _fill(
     holder: mount.Holder,
     site: PlannedSite,
@@ -227,6 +235,7 @@ def _register(
         state.adapters[name] = Adapter(name, made, seed)
     state.flags = flags
     keep_state(model, state)
+    admit_new(model, state, made.adapters)
     if live is not None:
         Compiled(model).activate(str(live))
 
@@ -239,6 +248,8 @@ def _take_off(
     for name in made.adapters:
         mount.remove_parameters(model, name)
         state.adapters.pop(name, None)
+        if state.switch.bank is not None:
+            state.switch.bank.forget(name)
     if fresh:
         mount.give_back(model)
     mount.set_requires_grad(model, flags)
@@ -257,23 +268,25 @@ def attach(
     inplace: bool = True,
     force: bool = False,
     mode: Form | None = None,
+    name: str | None = None,
 ) -> Compiled:
     """Put a saved adapter, ours or peft's, on a model. No code of the folder is run.
 
     The sites and methods are those that the folder states; nothing is selected again. `inplace` and
     `mode` are as for `compile`. force: attach an adapter that was made on another base than this
-    model. Raises ArtifactError for a folder that is not whole or was made on another base (E522),
-    PlanError where it does not fit this model; the model is left as it was.
+    model. name: what the adapter is called here, if not as in the folder. Raises ArtifactError for
+    a folder that is not whole or was made on another base (E522), PlanError where it does not fit
+    this model, StateError (E412, E443) for a name; the model is left as it was.
     """
-    from surgery.artifact import check_tensors, load_artifact
     from surgery.digests import check_base
+    from surgery.swapping import loaded_plan
 
     target = target_of(model, mode, inplace)
+    refuse_wrapped(target)
     _refuse_merged(state_of(target))
-    loaded = load_artifact(Path(directory), target)
-    made = plan_assignments(loaded.resolved, target, loaded.assignments, loaded.adapter, dtype)
+    made, loaded = loaded_plan(Path(directory), target, dtype, name)
     lower.check(made)
-    check_tensors(made, loaded)
+    refuse_new(target, made)
     if not force:
         check_base(made.sites, loaded.base, str(directory))
     return _twin_or_not(_put_on(target, made, loaded.seed, loaded.tensors), model)
@@ -282,9 +295,11 @@ def attach(
 def of(model: nn.Module) -> Compiled:
     """The handle of an adapted model again. Raises StateError (E401) if it has no adapter.
 
+    model: it, or what wraps it and keeps it as `module`: DistributedDataParallel, torch.compile.
     A model that was offloaded since, by hooks that place whole submodules, needs this before it is
     trained or merged; its adapter parameters are then new objects.
     """
+    model = unwrapped(model)
     require_state(model)
     adopt(model)
     return Compiled(model)

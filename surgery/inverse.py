@@ -13,6 +13,8 @@ from typing import NoReturn
 from torch import Tensor, nn
 
 from surgery.algebra.expr import MERGED
+from surgery.choices import unfollow
+from surgery.distributed import refuse_sharded
 from surgery.errors import Report, refuse
 from surgery.live import Live, Then, added, single
 from surgery.located import parameters_at
@@ -86,9 +88,10 @@ class Inverse:
         Gives what rounding lost and what is kept, site by site.
         Raises StateError, with nothing changed: E402 if merged already, E403 where an equation has
         no merged weight, E404 on meta, E405 where an undo cannot be had, E424 and E425 for
-        quantised weights, E428 to E431.
+        quantised weights, E428 to E431, E461.
         """
         state = require_state(self.model)
+        refuse_sharded(self.model, state, "merged")
         options = Options(undo, round, seed, taken(self.model, quantized), state.shares)
         accepted = Accepted(max_rel_err, allow_nonfinite)
         if adapter is None:
@@ -109,9 +112,10 @@ class Inverse:
         Raises StateError, with the weights as they are: E406 if nothing is merged, or not this
         adapter; E407 if the merge kept nothing, E408 where arithmetic does not lead back; E428 for
         weights that were changed since, E429 where the base does not come out; E432 for an adapter
-        on which another was merged.
+        on which another was merged; E461 for a sharded model.
         """
         state = require_state(self.model)
+        refuse_sharded(self.model, state, "unmerged")
         _check_unmerge(state)
         if adapter is None or state.live.adapters == (adapter,):
             self._take_out(state)
@@ -124,9 +128,11 @@ class Inverse:
         """Take every adapter off the model, from any state; the base is as it was, to the bit.
 
         keep_merge: leave merged weights merged, for a plain model that computes the adapted one.
-        Raises StateError as `unmerge` does, E409 if `keep_merge` and nothing is merged.
+        Raises StateError as `unmerge` does, E409 if `keep_merge` and nothing is merged, E461 for a
+        sharded model.
         """
         state = require_state(self.model)
+        refuse_sharded(self.model, state, "unloaded")
         if keep_merge and not state.is_merged:
             refuse("E409", "nothing is merged that could be kept", hint="call merge() first")
         if state.is_merged and not keep_merge:
@@ -138,6 +144,7 @@ class Inverse:
             remove_parameters(self.model, adapter.name)  # what its sites shared
         give_back(self.model, keep_merge)
         set_requires_grad(self.model, state.flags)
+        unfollow(self.model)
         release(self.model)
         forget_state(self.model)
         return self.model

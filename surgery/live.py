@@ -73,6 +73,16 @@ class Live:
             total = added(total, scaled(factor, left))
         return total
 
+    def renamed(self, old: str, new: str) -> Live:
+        """The same where an adapter has another name."""
+
+        def named(what: str | Then) -> str | Then:
+            if isinstance(what, Then):
+                return Then(tuple(link.renamed(old, new) for link in what.links))
+            return new if what == old else what
+
+        return Live(tuple((factor, named(what)) for factor, what in self.terms))
+
     def _names(self) -> Iterator[str]:
         for _, what in self.terms:
             if isinstance(what, str):

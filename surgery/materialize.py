@@ -33,6 +33,15 @@ Given = Callable[[Parameter], "Tensor | None"]
 _NOTHING: Mapping[str, Tensor] = {}
 
 
+def given_at(site: PlannedSite, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters of a site, by the names that it has for them, of tensors of a model's."""
+    if not given:
+        return {}
+    names = {p.name: site.adapted(p.name) for p in site.form.parameters if not p.shared}
+    # What is drawn again may be in no file, and whatever else must be was found missing before.
+    return {name: given[adapted] for name, adapted in names.items() if adapted in given}
+
+
 def site_tensors(
     site: PlannedSite, seed: int, given: Mapping[str, Tensor], seen: Mapping[str, Tensor] = _NOTHING
 ) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from surgery.model.holder import (
 )
 from surgery.model.hooked import swap_class
 from surgery.model.layers import base_class
+from surgery.model.stacked import restacked
 from surgery.mounted import RUNS, Runs, mounted_class, runs_of
 from surgery.switch import Switch
 
@@ -35,8 +36,11 @@ def mount(module: nn.Module, keys: Lowerings, live: str, switch: Switch, path: s
     base = base_class(module)
     runs = runs_of(module) or Runs(switch, base, path)
     runs.add(live, keys)
+    if switch.frozen:
+        runs.freeze(module)
+    runs.bank = None if switch.bank is None else switch.bank.at(module)
     vars(module)[RUNS] = runs
-    cls = mounted_class(base, runs.form)
+    cls = restacked(type(module), mounted_class(base, runs.form))
     if type(module) is not cls:
         swap_class(module, cls)
 
@@ -74,16 +78,16 @@ def forget(module: nn.Module, live: str) -> None:
     if runs is None:
         return
     runs.drop(live)
-    if not runs.keys:
+    if not runs.keys and runs.bank is None:  # of which a compiled graph may know the class
         dismount(module)
 
 
 def dismount(module: nn.Module) -> None:
     """Let a module run its own forward again; its adapters stay in place."""
     vars(module).pop(RUNS, None)
-    base = base_class(module)
-    if type(module) is not base:
-        swap_class(module, base)
+    cls = restacked(type(module), base_class(module))
+    if type(module) is not cls:
+        swap_class(module, cls)
 
 
 def give_back(model: nn.Module, keep: bool = False) -> None:
@@ -96,7 +100,7 @@ def give_back(model: nn.Module, keep: bool = False) -> None:
 
 def is_mounted(module: nn.Module) -> bool:
     """Whether the module runs a site graph."""
-    return base_class(module) is not type(module)
+    return hasattr(type(module), "surgery_base")
 
 
 # ------------------------------------------------------------------------------- parameters
@@ -146,9 +150,9 @@ def link_follower(follower: nn.Module, holders: Sequence[str], holder: Holder) -
     vars(follower)[link_name(*holders)] = holder
 
 
-def unlink_follower(follower: nn.Module, holders: Sequence[str]) -> None:
-    """Take back what `link_follower` did, if it was done."""
-    vars(follower).pop(link_name(*holders), None)
+def unlink_follower(follower: nn.Module, holders: Sequence[str]) -> Holder | None:
+    """Take back what `link_follower` did; gives the holder, if it was done."""
+    return vars(follower).pop(link_name(*holders), None)
 
 
 def link_shared(child: Holder, bank: Holder) -> None:

@@ -10,19 +10,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import reduce, wraps
 from threading import local
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from surgery.coding import SiteGraph
+from surgery.errors import refuse
+from surgery.folding import folded
 from surgery.lower import Lowerings, by_mode, lower, lower_values
 from surgery.model.holder import parameters_of
 from surgery.model.hooked import storage_of_kind
 from surgery.model.layers import LayerKind
+from surgery.model.sharded import is_managed, is_sharded
 from surgery.nodes import UNPACKED
-from surgery.routing import routed
-from surgery.switch import Switch
+from surgery.routing import refuse_value, routed
+from surgery.switch import Routed, Switch
 from surgery.values import raw
 
 RUNS = "_surgery_runs"
@@ -70,24 +74,39 @@ class Runs:
     keys: what these are looked up by, and made of again in copies and pickles.
     """
 
-    __slots__ = ("base", "forwards", "keys", "path", "switch", "values")
+    __slots__ = ("bank", "base", "forwards", "keys", "path", "switch", "values")
 
     def __init__(self, switch: Switch, base: type[nn.Module], path: str) -> None:
         """Nothing yet, at a module of a class."""
         self.switch, self.base, self.path = switch, base, path
+        self.bank: Any = None  # of the module, where one is declared
         self.keys: dict[str, Lowerings] = {}
         self.forwards: dict[str, Forward] = {}
         self.values: dict[str, dict[str, Callable[[nn.Module], Tensor]]] = {}
 
     def add(self, live: str, keys: Lowerings) -> None:
         """What runs while something is live."""
-        called, computed = by_mode(keys)
         self.keys[live] = keys
+        self._run(live, lambda graph: graph.run)
+
+    def _run(self, live: str, code: Callable[[SiteGraph], Callable[..., Any]]) -> None:
+        """Let code of a module's graphs run while something is live."""
+        called, computed = by_mode(self.keys[live])
         base: Forward = cast(Any, self.base.forward)
-        self.forwards[live] = lower(called).run if called else remembering(base)
+        self.forwards[live] = code(lower(called)) if called else remembering(base)
         for name, graph in lower_values(computed).items():
-            value = remembered(name, _guarded(name, graph.run))
+            value = remembered(name, _guarded(name, code(graph)))
             self.values.setdefault(name, {})[live] = value
+
+    def freeze(self, module: nn.Module) -> None:
+        """Compute what depends on parameters alone, as they are now, once for all calls."""
+        for live in self.keys:
+            self._run(live, lambda graph: folded(graph, module, refuse_gradients))
+
+    def thaw(self) -> None:
+        """Undo `freeze`."""
+        for live in self.keys:
+            self._run(live, lambda graph: graph.run)
 
     def drop(self, live: str) -> None:
         """Forget what runs while something is live."""
@@ -155,13 +174,39 @@ def _forward(base: Forward) -> Forward:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         runs = self._surgery_runs
+        if runs.bank is not None and torch.compiler.is_compiling():
+            lanes = runs.switch.lanes
+            # What is sharded since has other parameters than those in the stacks.
+            if lanes.fits and not torch.is_grad_enabled() and not is_managed(self):
+                return runs.bank.run(self, base, lanes, *args, **kwargs)
         choice = runs.switch.choice
         if type(choice) is not str:
             return routed(self, runs, choice, args, kwargs)
         run = runs.forwards.get(choice)
-        return base(self, *args, **kwargs) if run is None else run(self, *args, **kwargs)
+        if run is not None:
+            return run(self, *args, **kwargs)
+        if choice not in runs.switch.prepared:
+            _refuse_gone(choice)
+        return base(self, *args, **kwargs)
 
     return wraps(base)(forward)
+
+
+def _refuse_gone(choice: str) -> NoReturn:
+    refuse(
+        "E437",
+        f"what this thread has live is no longer on the model: `{choice}`",
+        hint="an adapter of it was deleted or renamed since; choose again",
+    )
+
+
+def refuse_gradients() -> NoReturn:
+    """E440, for a forward that records gradients while the model is frozen."""
+    refuse(
+        "E440",
+        "a forward records gradients while the model is frozen",
+        hint="run it under torch.no_grad(), or thaw() before training",
+    )
 
 
 def _called(base: type[nn.Module], form: Form) -> Mapping[str, object]:
@@ -182,8 +227,10 @@ def _value(name: str) -> Callable[[nn.Module], Tensor | None]:
 
     def get(self: nn.Module) -> Tensor | None:
         runs: Runs = vars(self)[RUNS]
-        choice = runs.switch.choice
-        run = runs.values[name].get(choice) if type(choice) is str else None
+        choice, values = runs.switch.choice, runs.values[name]
+        if isinstance(choice, Routed) and not values.keys().isdisjoint(choice.samples):
+            refuse_value(runs.path, name)
+        run = values.get(cast(str, choice))
         return parameters_of(self).get(name) if run is None else run(self)
 
     return get
@@ -199,12 +246,13 @@ def _own(name: str) -> Callable[[nn.Module], Tensor | None]:
 def _guarded(name: str, run: Callable[..., Tensor]) -> Callable[[nn.Module], Tensor]:
     """The same, with an error that no module takes for an attribute that it should look up.
 
-    What has no data is not computed: a hook that is about to bring it asks for its dtype and shape.
+    What has no data, or a part of it, is not computed: a hook that is about to bring it asks for
+    its dtype and shape, and what shards it takes what it finds for the parameter itself.
     """
 
     def read(self: nn.Module) -> Tensor:
         own = parameters_of(self).get(name)
-        if own is not None and own.is_meta:
+        if own is not None and (own.is_meta or is_sharded(own)):
             return own
         try:
             return run(self)

@@ -63,3 +63,12 @@ def _refuse_batch(path: str, x: object, samples: int) -> NoReturn:
         hint="name one adapter a sample, in the order of the batch; where a model flattens or "
         "dispatches its samples, route only adapters that leave such layers alone",
     )
+
+
+def refuse_value(path: str, name: str) -> NoReturn:
+    """E436, for a parameter that is read by itself while a batch is routed."""
+    refuse(
+        "E436",
+        f"`{name}` of `{path}` is read outside of its layer, for all samples at once",
+        hint="leave such layers out of adapters that are routed",
+    )

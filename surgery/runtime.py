@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
 
 from surgery import lower
+from surgery.adapters import delete, rename
+from surgery.choices import route, using
+from surgery.distributed import on_first, put_together, settle
 from surgery.errors import refuse
+from surgery.freezing import freeze, frozen, thaw
 from surgery.inverse import Inverse
 from surgery.plan import Plan
 from surgery.state import State, require_state
 from surgery.switching import chosen, live_of, make_live
 from surgery.tensors import begin_pending, tensors_of
+from surgery.trainable import set_trainable, trainable
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from surgery.artifact import SaveReport
+    from surgery.bank import Bank
     from surgery.mapping import StateDictMapping
+    from surgery.status import Status
 
 # Names and files are a fifth of all code, and are imported when they are first asked for.
 
@@ -98,6 +106,132 @@ class Compiled:
             refuse("E402", f"`{state.live}` is merged", hint="unmerge() first")
         make_live(self.model, state, live)
 
+    def using(self, expression: str | None) -> AbstractContextManager[None]:
+        """Let an adapter, a mix or the base be live for the calling thread, until the `with` ends.
+
+        expression: as for `activate`, whose default other threads go on with. A backward pass
+        that computes a forward again must repeat this choice, see `surgery.repeating`. Raises as
+        `activate` does, and E433 for a model that is one graph.
+        """
+        return using(self.model, self._state, expression)
+
+    def route(self, samples: Sequence[str | None]) -> AbstractContextManager[None]:
+        """Let each sample of a batch have its own adapters for the calling thread.
+
+        samples: for each sample what is live, as for `activate`; None for the base. All forwards
+        within the `with` take batches of these samples; `generate` expands them with its beams.
+        Samples of one choice run as a group. Raises as `using` does; StateError: E434 for no
+        samples, E435 for sites at which samples cannot be told apart, and in a forward E436 where
+        a site is called with no batch of these samples.
+        """
+        return route(self.model, self._state, samples)
+
+    def delete(self, adapter: str) -> None:
+        """Take an adapter off the model; the others stay as they are.
+
+        Raises StateError: E411 if there is none of that name, E442 while it is live, E402 while it
+        is merged. A thread that chose it is told so by its next forward (E437).
+        """
+        delete(self.model, self._state, adapter)
+
+    def rename(self, old: str, new: str) -> None:
+        """Let an adapter have another name, live or not; its parameters stay the same objects.
+
+        Raises StateError: E411 if there is none of that name, E412 if there is one of the new,
+        E443 for what is no name, E402 while it is merged.
+        """
+        rename(self.model, self._state, old, new)
+
+    def hotswap(self, adapter: str, source: str | Path | Mapping[str, Tensor]) -> None:
+        """Give an adapter other weights in place, while the model is in use; nothing is compiled.
+
+        source: a folder, ours or peft's, of an adapter that computes the same at the same sites,
+        or tensors by their names in the model; with a bank of `reserve` other ranks and sites as
+        well. What `freeze` computed is computed again.
+        Raises, with nothing changed: ArtifactError for a folder that is not whole; StateError: E411
+        if there is no such adapter, E402 while it is merged, E438 for tensors that are missing, too
+        many or of other shapes, E439 for a folder of another kind of adapter.
+        """
+        from surgery.swapping import hotswap
+
+        hotswap(self.model, self._state, adapter, source)
+
+    def reserve(
+        self, max_rank: int, *, adapters: int = 16, batch: int = 32, terms: int = 1
+    ) -> Bank:
+        """Declare a bank: below `torch.compile`, what is live is a tensor that the graph reads.
+
+        Switching, routing, scaling and hotswapping compile nothing any more, among adapters of
+        different ranks, sites and methods; several methods are all computed, and one is taken.
+        It is for inference: a forward that records gradients runs what is live by its text, as
+        does one that is not compiled. What `Bank.left` names is not stacked, with the reason. A
+        model that is moved or cast is reserved anew.
+
+        max_rank: the largest rank of an adapter. adapters: how many there may be at a time; batch:
+        samples in a batch; terms: adapters in a sum. Raises StateError: E445 for less than one of
+        any, or within a choice; E402 while merged; and in a forward E444 where a layer is called
+        with no batch of so many samples.
+        """
+        from surgery.reserving import reserve
+
+        return reserve(self.model, self._state, max_rank, adapters, batch, terms)
+
+    def freeze(self) -> None:
+        """Compute what depends on parameters alone once, until `thaw`: a rotation, a norm, W'.
+
+        It does not see parameters that change: `hotswap` computes it again, an optimizer does
+        not, so training is refused (E441), and so is a forward that records gradients (E440).
+        Raises StateError (E441) for a model in training mode.
+        """
+        freeze(self.model, self._state)
+
+    def thaw(self) -> None:
+        """Undo `freeze`."""
+        thaw(self.model, self._state)
+
+    def frozen(self) -> AbstractContextManager[None]:
+        """`freeze` until the end of a `with`."""
+        return frozen(self.model, self._state)
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """The adapters of which some parameter is trained, live or not."""
+        return trainable(self.model)
+
+    def train_only(self, *adapters: str) -> None:
+        """Let the parameters of these adapters be trained, and those of no other.
+
+        What is live does not change. Raises StateError (E411) for an unknown adapter.
+        """
+        set_trainable(self.model, adapters)
+
+    def groups(
+        self,
+        lr: float,
+        adapter: str | Iterable[str] | None = None,
+        *,
+        weight_decay: float | Callable[[str, Tensor], float] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Parameter groups for an optimizer, by what the methods and the spec say of `lr`.
+
+        lr: of what nothing is said of; a multiple such as `16x` is one of it. Each group has
+        `name`, `params` and `lr`. Raises StateError: E411 for an unknown adapter, E450 where
+        nothing is trainable, E452 for no learning rate.
+        """
+        from surgery.grouping import groups
+
+        return groups(self.model, lr, adapter, weight_decay=weight_decay)
+
+    def status(self) -> Status:
+        """The adapters, what is live, trained and merged, and what is inconsistent."""
+        from surgery.status import status
+
+        return status(self.model)
+
+    def __str__(self) -> str:
+        """`status`, as a table."""
+        return str(self.status())
+
     def materialize(self) -> None:
         """Begin the parameters that waited on meta for their base's weights to arrive."""
         state = self._state
@@ -138,22 +272,29 @@ class Compiled:
         config: fields of peft's config, such as its `peft_type`, by which one of several
         formats of a method is chosen; by default it is the first. Raises ArtifactError if it cannot
         be written, and E524 where no format has such fields; StateError: E411 for an
-        unknown adapter, E416 where several are live.
+        unknown adapter, E416 where several are live, E462 where this process cannot have all of it.
+        A sharded model is saved by all its processes, of which the first writes.
         """
         from surgery.artifact import save_adapter
         from surgery.digests import base_digests
 
         state = self._state
         saved = chosen(state, adapter)
-        return save_adapter(
-            Path(directory),
-            saved.plan,
-            saved.name,
-            tensors_of(self.model, saved),
-            saved.seed,
-            base_digests(self.model, saved.sites),
-            model=self.model,
-            config=config,
+        settle(self.model, saved)
+        tensors = put_together(saved, tensors_of(self.model, saved))
+        base = base_digests(self.model, saved.sites)
+        return on_first(
+            self.model,
+            lambda: save_adapter(
+                Path(directory),
+                saved.plan,
+                saved.name,
+                tensors,
+                saved.seed,
+                base,
+                model=self.model,
+                config=config,
+            ),
         )
 
     @property

@@ -6,10 +6,10 @@ thread-local object, which `torch.compile` reads without a break, as it does not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from threading import local
-from typing import Any
+from threading import Lock, local
+from typing import Any, Protocol
 from weakref import WeakSet
 
 import torch
@@ -72,26 +72,77 @@ Choice = str | Routed
 """The text of what is live for a whole batch, or what is live for each sample."""
 
 
+class Lanes:
+    """A choice as tensors, which a graph reads: for each row of a batch, adapters with factors.
+
+    index: [terms, batch], numbers of adapters. factor: [terms, batch]. fits: whether the choice is
+    one that these can say.
+    """
+
+    __slots__ = ("factor", "fits", "index")
+
+    def __init__(self, index: Tensor, factor: Tensor, fits: bool = True) -> None:
+        """Of a choice."""
+        self.index, self.factor, self.fits = index, factor, fits
+
+    def copied(self) -> Lanes:
+        """The same in other tensors."""
+        return Lanes(self.index.clone(), self.factor.clone(), self.fits)
+
+    def take(self, other: Lanes) -> None:
+        """Be another choice, in place, for all that hold it."""
+        self.index.copy_(other.index)
+        self.factor.copy_(other.factor)
+        self.fits = other.fits
+
+
+class Bank(Protocol):
+    """What is declared for a model, so that a graph reads a choice; see `surgery.bank`."""
+
+    def lanes(self, choice: Choice, lives: Mapping[str, Live]) -> Lanes:
+        """A choice as tensors."""
+        ...
+
+    def at(self, module: object) -> Any:
+        """What a module runs; None if it has none of it."""
+        ...
+
+    def forget(self, adapter: str) -> None:
+        """Let an adapter's place be free."""
+        ...
+
+    def rename(self, old: str, new: str) -> None:
+        """Let an adapter have another name."""
+        ...
+
+
 class _Here(local):
     """What one thread chose on one model."""
 
-    def __init__(self) -> None:
-        self.choice: Choice | None = None  # not on the class: Dynamo guards what lies here
+    def __init__(self, lanes: Lanes | None = None) -> None:
+        # Not on the class: Dynamo guards what lies here.
+        self.choice: Choice | None = None
+        self.lanes = lanes
 
 
 class Switch:
-    """What is live on one model. A copy of the model has a switch of its own.
+    """What is live on one model. A copy of the model has a switch of its own, and no bank.
 
     live: the text of what is live for every thread that chose nothing else. prepared: by its text,
-    all that the model's modules can run now.
+    all that the model's modules can run now. frozen: whether what depends on parameters alone was
+    computed once. bank: what was declared, if anything.
     """
 
     def __init__(self, live: str = NONE) -> None:
         """With a default, of which nothing is prepared."""
         self.live = live
-        self.prepared: dict[str, Live] = {}
+        self.prepared: dict[str, Live] = {NONE: Live()}
+        self.frozen = False
+        self.bank: Bank | None = None
+        self._default: Lanes | None = None
         self._here = _Here()
-        _EVERY.add(self)
+        with _ADDING:
+            _EVERY.add(self)
 
     @property
     def choice(self) -> Choice:
@@ -104,15 +155,40 @@ class Switch:
         """What this thread chose itself, if it did."""
         return self._here.choice
 
+    @property
+    def lanes(self) -> Any:
+        """What is live in this thread, as tensors; None where no bank is declared."""
+        return self._here.lanes
+
+    def default_to(self, live: str) -> None:
+        """Let something that is prepared be live for every thread that chose nothing else."""
+        self.live = live
+        if self.bank is not None and self._default is not None:
+            self._default.take(self.bank.lanes(live, self.prepared))
+
+    def declare(self, bank: Bank | None) -> None:
+        """Let choices be tensors as well, or no longer. What threads chose is forgotten."""
+        self.bank = bank
+        self._default = None if bank is None else bank.lanes(self.live, self.prepared).copied()
+        self._here = _Here(self._default)
+
+    def choose(self, choice: Choice | None) -> None:
+        """Let something else be live in this thread; None for the default."""
+        self._here.choice = choice
+        if self.bank is not None:
+            known = self._default
+            self._here.lanes = known if choice is None else self.bank.lanes(choice, self.prepared)
+
     @contextmanager
     def chosen(self, choice: Choice | None) -> Generator[None]:
-        """Let something else be live in this thread; None for the default."""
-        before = self._here.choice
-        self._here.choice = choice
+        """The same until the end of a `with`."""
+        here = self._here
+        before = here.choice, here.lanes
+        self.choose(choice)
         try:
             yield
         finally:
-            self._here.choice = before
+            here.choice, here.lanes = before
 
     def __reduce__(self) -> tuple[Callable[..., Switch], tuple[object, ...]]:
         """What a thread chose stays with the model that it chose it on."""
@@ -126,13 +202,15 @@ def _copied(live: str, prepared: dict[str, Live]) -> Switch:
 
 
 _EVERY: WeakSet[Switch] = WeakSet()
+_ADDING = Lock()
 
 Choices = tuple[tuple[Switch, Choice], ...]
 
 
 def current() -> Choices:
     """What is live in this thread on every model, to be repeated elsewhere or later."""
-    return tuple((switch, switch.choice) for switch in [*_EVERY])
+    with _ADDING:
+        return tuple((switch, switch.choice) for switch in _EVERY)
 
 
 @contextmanager

@@ -10,12 +10,12 @@ from torch import fx, nn
 from surgery import lower, mount
 from surgery.errors import error_of, refuse
 from surgery.language.parse import parse_live
-from surgery.live import Live, read_live, single, unknown_adapter
+from surgery.live import NONE, Live, read_live, single, unknown_adapter
 from surgery.mixture import live_sites
 from surgery.model.holder import every_module
+from surgery.placement import check_placed
 from surgery.plan import PlannedSite
 from surgery.state import Adapter, State, state_of
-from surgery.switch import Choice
 
 
 def live_of(expression: str | None, state: State) -> Live:
@@ -40,7 +40,8 @@ def make_live(model: nn.Module, state: State, live: Live) -> None:
     nothing changed.
     """
     prepare(model, state, live)
-    state.live, state.switch.live = live, str(live)
+    state.live = live
+    state.switch.default_to(str(live))
 
 
 def prepare(model: nn.Module, state: State, live: Live) -> None:
@@ -54,6 +55,7 @@ def prepare(model: nn.Module, state: State, live: Live) -> None:
     sites = live_sites(live, state.plans)
     if live.only is None:  # an adapter alone was seen to run when it came
         lower.check_sites(sites, state.plans)
+    check_placed(model, sites, state.plans)
     if graph:  # which has one graph, for what is live
         withdraw(model, state, tuple(state.switch.prepared))
         mount.run_base(model)
@@ -84,7 +86,8 @@ def withdraw(model: nn.Module, state: State, texts: Sequence[str]) -> None:
         for text in texts:
             mount.forget(module, text)
     for text in texts:
-        state.switch.prepared.pop(text, None)
+        if text != NONE:  # which any model can run
+            state.switch.prepared.pop(text, None)
 
 
 def withdraw_all(model: nn.Module, state: State) -> None:
@@ -92,17 +95,7 @@ def withdraw_all(model: nn.Module, state: State) -> None:
     for module in every_module(model):
         mount.dismount(module)
     mount.run_base(model)
-    state.switch.prepared.clear()
-
-
-# ------------------------------------------------------------------------------ in one thread
-
-
-@contextmanager
-def here(state: State, choice: Choice) -> Generator[None]:
-    """Let something that is prepared be live in this thread."""
-    with state.switch.chosen(choice):
-        yield
+    state.switch.prepared = {NONE: Live()}
 
 
 @contextmanager
