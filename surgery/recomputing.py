@@ -8,6 +8,7 @@ the library is changed.
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -37,19 +38,33 @@ class Repeated:
         return self.checkpoint(run, *args, **kwargs)
 
 
-@dataclass(frozen=True, slots=True)
 class _Setting:
     """The method by which a model gets its checkpoints; each of them is then repeated.
 
-    It is on the instance, and goes by the class, so that copies and pickles have it too.
+    It is on the instance, and goes by the class, so that copies and pickles have it too. It does
+    not keep the model alive: a model's memory is free as soon as the last name of it is gone.
     """
 
-    model: nn.Module
+    __slots__ = ("_model",)
+
+    def __init__(self, model: nn.Module) -> None:
+        """For one model."""
+        self._model = weakref.ref(model)
+
+    def __getstate__(self) -> tuple[nn.Module | None]:
+        """The model as it is, so that a copy has the copy."""
+        return (self._model(),)
+
+    def __setstate__(self, state: tuple[nn.Module]) -> None:
+        """Belong to a copy of the model."""
+        self._model = weakref.ref(state[0])
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         """The class's own method, after which what it set is wrapped."""
-        getattr(type(self.model), _SETS)(self.model, *args, **kwargs)
-        _wrap(self.model)
+        model = self._model()
+        assert model is not None  # whoever calls this has it
+        getattr(type(model), _SETS)(model, *args, **kwargs)
+        _wrap(model)
 
 
 def follow(model: nn.Module) -> None:

@@ -39,7 +39,7 @@ from surgery.language import syntax as ast
 from surgery.language.formatting import formatted
 from surgery.language.library import Library
 from surgery.language.parse import parse
-from surgery.mapping.fields import ConfigFile, ConfigReader, unknown_fields
+from surgery.mapping.fields import ConfigFile, ConfigReader, begun_otherwise, unknown_fields
 from surgery.mapping.forms import (
     Biases,
     BySite,
@@ -66,14 +66,23 @@ def import_config(path: str | Path, model: nn.Module | None = None) -> str:
     it may lie on meta. With it, names that select nothing are left out and said, what the config
     leaves to the type of the model is written out, and the spec is compared with the config at each
     site. Raises ArtifactError: E511 and E512 for the file, E515 for a field that changes the
-    mathematics as no method here does, E516 for a kind of adapter or modules that are not known.
+    mathematics as no method here does, E516 for a kind of adapter or modules that are not known;
+    PlanError where its method does not fit the model.
     """
-    config = read_config(Path(path))
+    return spec_of(read_config(Path(path)), model)
+
+
+def spec_of(config: ConfigFile, model: nn.Module | None = None, *, begins: bool = False) -> str:
+    """The same of a config that was read. Raises as `import_config` does.
+
+    begins: the adapter is to begin as the config says, so of several methods that have its
+    equation the one with that beginning is taken.
+    """
     if of_copies(config):
         return formatted("\n".join(of_modules(config, model)))
     if of_rows(config):
         return formatted("\n".join(of_tables(config, model)))
-    reading = _reading(config, model is None)
+    reading = reading_of(config, model is None, begins=begins)
     whole = _Import(reading, clauses_of(config, model), model)
     return formatted(
         "\n".join([*described(config, reading.fmt, INFORMATIVE, model), *whole.lines()])
@@ -131,6 +140,12 @@ class Reading:
         return read.arguments
 
     @property
+    def others(self) -> tuple[str, ...]:
+        """The fields that name another beginning than the method's own."""
+        arguments = dict(self.arguments(self.neutral, "linear"))
+        return tuple(begun_otherwise(self.fmt, self.config, arguments, INFORMATIVE))
+
+    @property
     def neutral(self) -> dict[str, object]:
         """What the fields about sites say of one that is in none of them."""
         tables = (*self.patterns, *self.kept)
@@ -142,15 +157,19 @@ def replace_values(config: ConfigFile, values: Mapping[str, object]) -> ConfigFi
     return ConfigFile(values, config.source)
 
 
-def _reading(config: ConfigFile, no_model: bool) -> Reading:
-    """The format that has the least against a config, and of these the one that says most of it."""
+def reading_of(config: ConfigFile, no_model: bool, *, begins: bool = False) -> Reading:
+    """The format that has the least against a config, and of these the one that says most of it.
+
+    begins: as for `spec_of`. Raises ArtifactError as `import_config` does.
+    """
     library, kind = Library.standard(), config.get("peft_type")
     known = [f for f in library.all_formats() if f.name == NAME]
     mine = [f for f in known if same(kind_of(f), kind)]
     if not mine:
         refuse_kind(config, known)
     tried = [_tried(_sorted(config, f, library), no_model) for f in mine]
-    problems, *_, best = min(tried, key=lambda t: (bool(t[0]), t[1], len(t[0]), -t[2]))
+    order = [(bool(p), begins and not p and len(r.others), u, len(p), -n) for p, u, n, r in tried]
+    problems, *_, best = tried[order.index(min(order))]
     report = Report()
     report.extend(problems)
     report.stop()
@@ -309,11 +328,14 @@ class _Import:
     def _part_of(self, path: str, kind: str) -> Part | None:
         return next((p for p in self.parts if p.kind == kind and p.takes(path)), None)
 
-    def _agrees(self, text: str) -> bool:
+    def _agrees(self, text: str, *, last: bool = False) -> bool:
+        """Whether a spec selects what is wanted; what is wrong with the last one is raised."""
         assert self.model is not None  # asked only with a model
         try:
             made = plan(resolve(parse(text), Library.standard()), self.model)
         except SurgeryError:
+            if last:
+                raise
             return False
         links = {s.path: s.form.links[0] for s in made.sites if not s.site.at.tensor}
         wanted = {p: Link(self.reading.method, a) for p, a in (self.wanted or {}).items()}
@@ -329,7 +351,7 @@ class _Import:
         if self.wanted is not None and not self._agrees("\n".join(matches)):
             matches = [*self._by_path()]
             yield "# By paths, since no selector says the same on this model:"
-            if not self._agrees("\n".join(matches)):
+            if not self._agrees("\n".join(matches), last=True):
                 hint = "write a spec by hand, and compare with `surgery plan --diff`"
                 span = self.config.span("target_modules")
                 refuse("E516", "the sites of the config cannot all be selected", span, hint=hint)

@@ -10,7 +10,7 @@ import inspect
 import os
 import re
 import warnings
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -25,7 +25,9 @@ from surgery.integrations.factories import PYTHON, given_by, said
 
 # transformers leaves most of its signatures open, so its classes and configs are `Any` here.
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+"""What names a repository of the hub."""
+
 _SUBFOLDERS = ("", "0_Transformer")
 _INSTALL = "install the `models` extra: pip install 'model-surgery[models]'"
 
@@ -83,20 +85,28 @@ def _local(path: Path) -> Path:
 
 def _from_hub(reference: str, meta: bool) -> Path:
     """A folder in the hub's cache with the model, or with its config alone."""
-    if not _HUB_ID.fullmatch(reference):
+    wanted = ["config.json"] if meta else ["*.json", "*.safetensors"]
+    return _local(snapshot(reference, wanted))
+
+
+def snapshot(reference: str, wanted: Sequence[str]) -> Path:
+    """A folder in the hub's cache with some files of a repository, by patterns of their names.
+
+    Raises ArtifactError: E501 for what names none, E504 if the hub does not answer.
+    """
+    if not HUB_ID.fullmatch(reference):
         refuse("E501", f"`{reference}` does not exist", hint=_near_folder(reference))
     hub = _import("huggingface_hub")
-    wanted = ["config.json"] if meta else ["*.json", "*.safetensors"]
     try:
         with _quiet():
-            folder = cast(str, hub.snapshot_download(reference, allow_patterns=wanted))
+            folder = cast(str, hub.snapshot_download(reference, allow_patterns=[*wanted]))
     except Exception as error:  # the hub's errors, those of its transport and of the file system
         refuse(
             "E504",
             f"`{reference}` is no folder here, and cannot be had from the hub: {said(error)}",
             hint=_near_folder(reference),
         )
-    return _local(Path(folder))
+    return Path(folder)
 
 
 def _near_folder(reference: str) -> str:

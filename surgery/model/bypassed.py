@@ -33,7 +33,8 @@ _ASKING = frozenset({"isinstance", "hasattr", "type"})
 
 # Methods that run when a model is made, loaded or changed, and in no forward.
 _ASIDE = re.compile(
-    r"__init__|_{0,2}(init|reset|tie|resize|load|prune|copy|convert)|extra_repr|__setstate__|_apply"
+    r"__init__|_{0,2}(init|reset|tie|resize|load|prune|copy|convert|fuse)|"
+    r"extra_repr|__setstate__|_apply"
 )
 
 _READS = {"LOAD_ATTR", "LOAD_METHOD"}

@@ -16,6 +16,7 @@ from torch import nn
 
 from surgery.model.holder import every_module
 from surgery.model.layers import LayerKind, weight_kind_of
+from surgery.model.sharded import MANAGED
 from surgery.model.stored import Storage
 
 COVER = "_surgery_cover"
@@ -24,6 +25,7 @@ COVER = "_surgery_cover"
 INTEGRATIONS: Mapping[str, str] = {
     "_hf_hook": "surgery.integrations.accelerate",
     COVER: "surgery.integrations.accelerate",
+    MANAGED: "surgery.model.sharded",
 }
 """What marks an instance as hooked, and the module that knows what it means."""
 

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 
+from surgery.model.stacked import own_class
+
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
@@ -394,8 +396,9 @@ def qualified_name(cls: type) -> str:
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:
-    """The module's own class, mounted or not."""
-    return cast("type[nn.Module]", getattr(type(module), "surgery_base", type(module)))
+    """The module's own class, mounted or not, without what others put on top of it."""
+    cls = own_class(type(module))
+    return cast("type[nn.Module]", getattr(cls, "surgery_base", cls))
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import quantised as laws
 import safetensors.torch
 import torch
 from support import bits, moved
@@ -159,6 +160,21 @@ def test_the_forward_and_the_gradients_are_those_of_the_dense_model(name: str, m
     assert objects(model) == kept
     assert bits(model) == before
     assert torch.equal(model(X), base)
+
+
+def alone(name: str) -> laws.Alone:
+    untyped.manual_seed(0)
+    return cast(laws.Alone, laws.Alone(FORMATS[name](96, 160)).to("cpu").train())
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("method", laws.METHODS)
+def test_every_method_trains_and_merges(name: str, method: str, tmp_path: Path) -> None:
+    compiled, beside = laws.pair(lambda: alone(name), method, tmp_path)
+    laws.trains_like_the_plain_one(compiled, beside)
+    drawn = method in laws.DRAWN
+    compiled.model.train(not drawn)  # evaluated, 8 bits round inputs to 8 bits too
+    laws.merges_and_says_what_is_lost(compiled, beside, 2e-2 if drawn else 1e-5)
 
 
 @EVERY

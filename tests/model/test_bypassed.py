@@ -74,6 +74,9 @@ class Owner(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.layer.weight)
 
+    def fuse_projections(self) -> None:
+        self.layer.weight.data.add_(self.inner.layer.weight)
+
 
 class Functional(Owner):
     def forward(self, x: Tensor) -> Tensor:
