@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery import lower, materialize, mount
+from surgery.adapters import check_name
 from surgery.check import Values, adapts_nothing, findings, resolve
 from surgery.distributed import refuse_new, refuse_wrapped, unwrapped
 from surgery.errors import Diagnostic, Report, SurgeryError, error_of, refuse
@@ -24,6 +25,7 @@ from surgery.model.hooked import adopt
 from surgery.observation import Data, Loss, Progress, Seen
 from surgery.plan import Plan, PlannedSite
 from surgery.plan import plan as make_plan
+from surgery.recomputing import follow
 from surgery.redistribution import looked_at
 from surgery.reserving import admit_new
 from surgery.runtime import Compiled
@@ -202,6 +204,7 @@ def _refuse_merged(state: State | None) -> None:
 def _refuse_known_names(state: State, made: Plan) -> None:
     report = Report()
     for name in made.adapters:
+        check_name(name)
         if name in state.adapters:
             report.error(
                 "E412",
@@ -235,6 +238,7 @@ def _register(
         state.adapters[name] = Adapter(name, made, seed)
     state.flags = flags
     keep_state(model, state)
+    follow(model)  # what is computed again in a backward pass repeats its choice
     admit_new(model, state, made.adapters)
     if live is not None:
         Compiled(model).activate(str(live))

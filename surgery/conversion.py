@@ -109,7 +109,7 @@ def convert(
     check_output(Path(output))
     if rank is not None and rank < 1:
         refuse("E523", f"there is no product of rank {rank}", hint="a rank is 1 or more")
-    opened = _open(Path(directory), model)
+    opened = open_adapter(Path(directory), model)
     made = opened if to in (PEFT, NATIVE) else _changed(opened, model, to, rank)
     config = peft_config(made.plan, made.loaded.adapter, model)
     if to == PEFT and isinstance(config, Reason):
@@ -136,9 +136,9 @@ def needs_weights(directory: str | Path, model: nn.Module, *, to: str = PEFT) ->
     """
     loaded = load_artifact(Path(directory), model)
     plan = _plan(loaded, model)
-    lacking = any(_lacking(site, loaded) for site in plan.sites)
-    if lacking or to in (PEFT, NATIVE):
-        return lacking
+    short = any(lacking(site, loaded) for site in plan.sites)
+    if short or to in (PEFT, NATIVE):
+        return short
     return any(low_rank.read_of(s.form)[0] for s in plan.sites if not s.site.at.tensor)
 
 
@@ -152,7 +152,7 @@ def check_output(output: Path) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Opened:
+class Opened:
     """An adapter with its plan, all its tensors, and what is to be said of it."""
 
     loaded: Loaded
@@ -162,7 +162,11 @@ class _Opened:
     notes: tuple[str, ...] = ()
 
 
-def _open(directory: Path, model: nn.Module) -> _Opened:
+def open_adapter(directory: Path, model: nn.Module) -> Opened:
+    """The adapter of a folder with all its tensors, those too that it leaves out.
+
+    Raises as `load_artifact` does, and E523 for tensors that are made of a base that is on meta.
+    """
     loaded = load_artifact(directory, model)
     plan = _plan(loaded, model)
     check_tensors(plan, loaded)
@@ -170,15 +174,15 @@ def _open(directory: Path, model: nn.Module) -> _Opened:
     loaded = replace(loaded, tensors=tensors)
     report = Report()
     for site in plan.sites:
-        lacking = _lacking(site, loaded)
-        if lacking and execution_device(site.site.module).type == "meta":
-            report.error("E523", f"`{lacking}` of `{site.path}` is made of the base", hint=_WEIGHTS)
+        name = lacking(site, loaded)
+        if name and execution_device(site.site.module).type == "meta":
+            report.error("E523", f"`{name}` of `{site.path}` is made of the base", hint=_WEIGHTS)
     report.stop()
     for site in plan.sites:
-        made = tensors_at(site, plan, loaded) if _lacking(site, loaded) else {}
+        made = tensors_at(site, plan, loaded) if lacking(site, loaded) else {}
         own = {site.adapted(p.name): p.name for p in site.form.parameters if not p.shared}
         tensors |= {a: made[n] for a, n in own.items() if a not in tensors and n in made}
-    return _Opened(replace(loaded, tensors=tensors), plan)
+    return Opened(replace(loaded, tensors=tensors), plan)
 
 
 _WEIGHTS = "give the model with its weights"
@@ -188,7 +192,7 @@ def _plan(loaded: Loaded, model: nn.Module) -> Plan:
     return plan_assignments(loaded.resolved, model, loaded.assignments, loaded.adapter)
 
 
-def _lacking(site: PlannedSite, loaded: Loaded) -> str:
+def lacking(site: PlannedSite, loaded: Loaded) -> str:
     """A parameter of a site that the file does not have, for it can be made again; "" for none."""
     own = (p.name for p in site.form.parameters if not p.shared)
     return next((name for name in own if site.adapted(name) not in loaded.tensors), "")
@@ -226,7 +230,7 @@ def tensors_at(site: PlannedSite, plan: Plan, loaded: Loaded) -> dict[str, Tenso
 # ------------------------------------------------------------------------------- another method
 
 
-def _changed(opened: _Opened, model: nn.Module, to: str, rank: int | None) -> _Opened:
+def _changed(opened: Opened, model: nn.Module, to: str, rank: int | None) -> Opened:
     """The adapter with each of its sites as a product; copies of parameters stay as they are."""
     aim = target_of(to)
     matrices = tuple(s for s in opened.plan.sites if not s.site.at.tensor)
@@ -250,7 +254,7 @@ def _changed(opened: _Opened, model: nn.Module, to: str, rank: int | None) -> _O
         tensors=dict(_named(plan, opened, aim, products)),
     )
     sites = tuple(ConvertedSite(p, one.rank, one.error) for p, one in products.items() if one.rank)
-    return _Opened(loaded, plan, sites, unchanged, tuple(_notes(matrices)))
+    return Opened(loaded, plan, sites, unchanged, tuple(notes_of(matrices)))
 
 
 def target_of(name: str) -> low_rank.Target:
@@ -268,6 +272,14 @@ def target_of(name: str) -> low_rank.Target:
             hint="name a method whose equation is W' = W + B @ A, of A[r, in] and B[out, r]",
         )
     return found
+
+
+def first_target() -> str:
+    """Of the methods that add just any product, the one that formats spell first."""
+    library = Library.standard()
+    spelled = sorted(library.all_formats(), key=lambda form: form.span.start)
+    methods = ((form.method, library.method(form.method)) for form in spelled)
+    return next(n for n, m in methods if m is not None and low_rank.target(m) is not None)
 
 
 def _check(sites: Iterable[PlannedSite], rank: int | None) -> None:
@@ -293,7 +305,7 @@ def _check(sites: Iterable[PlannedSite], rank: int | None) -> None:
 
 
 def _assignments(
-    opened: _Opened, aim: low_rank.Target, products: Mapping[str, low_rank.Product]
+    opened: Opened, aim: low_rank.Target, products: Mapping[str, low_rank.Product]
 ) -> Iterator[Assignment]:
     for site, before in zip(opened.plan.sites, opened.loaded.assignments, strict=True):
         if site.site.at.tensor:
@@ -304,7 +316,7 @@ def _assignments(
 
 def _named(
     plan: Plan,
-    opened: _Opened,
+    opened: Opened,
     aim: low_rank.Target,
     products: Mapping[str, low_rank.Product],
 ) -> Iterator[tuple[str, Tensor]]:
@@ -319,7 +331,8 @@ def _named(
         yield site.adapted(aim.right), one.right.to(dtype).contiguous()
 
 
-def _notes(sites: Iterable[PlannedSite]) -> Iterator[str]:
+def notes_of(sites: Iterable[PlannedSite]) -> Iterator[str]:
+    """What holds of sites in training alone, and is not carried to another method."""
     dropped = [s for s in sites if _drops(s)]
     if dropped:
         yield f"dropout in training is not carried ({dropped[0].path} and others alike had it)"

@@ -17,7 +17,7 @@ from surgery.algebra.expr import WEIGHT
 from surgery.artifact import SaveReport, save_adapter
 from surgery.check import DEFAULT_ADAPTER, resolve, unstated
 from surgery.checkpoint import Checkpoint, open_checkpoint
-from surgery.conversion import check_output, target_of
+from surgery.conversion import check_output, first_target, target_of
 from surgery.digests import Digest, digest
 from surgery.errors import Report, refuse
 from surgery.language.library import Library
@@ -106,7 +106,7 @@ def extract(
         refuse("E523", f"there is no product of rank {rank}", hint="a rank is 1 or more")
     with open_checkpoint(base) as before, open_checkpoint(tuned) as after:
         _check(before, after, str(base), str(tuned))
-        aim = target_of(to or _first())
+        aim = target_of(to or first_target())
         return _Extracting(before, after, aim, rank, progress).write(Path(out), match)
 
 
@@ -122,14 +122,6 @@ def _check(before: Checkpoint, after: Checkpoint, base: str, tuned: str) -> None
             message = f"`{name}` is {shapes[0]} in {base}, and {shapes[1]} in {tuned}"
             report.error("E540", message, hint="name two checkpoints of the same model")
     report.stop()
-
-
-def _first() -> str:
-    """Of the methods that add just any product, the one that formats spell first."""
-    library = Library.standard()
-    spelled = sorted(library.all_formats(), key=lambda form: form.span.start)
-    methods = ((form.method, library.method(form.method)) for form in spelled)
-    return next(n for n, m in methods if m is not None and low_rank.target(m) is not None)
 
 
 class _Extracting:

@@ -115,10 +115,28 @@ def _product(form: SiteClass, values: _Values, rank: int | None) -> Product:
     right = torch.cat([none[1], *(values.of(b) for _, b in factors)], 0)
     if rank is None or right.shape[0] <= rank:
         return Product(left, right, None)
+    return shortened(left, right, rank)
+
+
+def shortened(left: Tensor, right: Tensor, rank: int) -> Product:
+    """The nearest product of so many columns to another one, whose matrix is never made."""
     outer, inner = _linalg.qr(left)
     other, core = _linalg.qr(right.T)
     small = nearest(inner @ core.T, rank)
     return Product(outer @ small.left, small.right @ other.T, small.error)
+
+
+def added(site: PlannedSite, tensors: Mapping[str, Tensor]) -> Tensor:
+    """What a site's parameters add to its weight, in float64; of a batch of matrices stacked."""
+    dense, batch = _dense(site.form), site.site.batch
+    if dense is None:
+        sizes = site.form.sizes
+        lengths = (sizes.fan_out, sizes.fan_in)
+        shape = lengths if batch is None else (batch, *lengths)
+        return torch.zeros(shape, dtype=torch.float64)
+    if batch is None:
+        return _Values(site, tensors, None).of(dense)
+    return torch.stack([_Values(site, tensors, index).of(dense) for index in range(batch)])
 
 
 def nearest(change: Tensor, rank: int) -> Product:
@@ -259,11 +277,37 @@ def _scale(found: Target, rank: int) -> float | None:
         for shape in ((_OUT, rank), (rank, _IN))
     )
     values = _Values(site, {found.left: left, found.right: right}, None)
-    added = values.of(site.form.derived.still.weight) - values.of(WEIGHT)
-    plain = left @ right
-    scale = float((added * plain).sum() / (plain * plain).sum())
+    change = values.of(site.form.derived.still.weight) - values.of(WEIGHT)
+    return _before(change, left @ right)
+
+
+def number_before(site: PlannedSite, found: Target) -> float | None:
+    """The number before B @ A at a site that has the target's method; None where it has another."""
+    form, batch = site.form, site.site.batch
+    dense = None if obstacle(form) or len(form.links) > 1 else _dense(form)
+    if dense is None or form.method != found.method or depends_on(dense, WEIGHT):
+        return None
+    names = {p.name for p in form.parameters}
+    if names != {found.left, found.right} or any(p.shared for p in form.parameters):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    left, right = (
+        torch.randn(form.shapes[name], generator=generator, dtype=torch.float64)
+        for name in (found.left, found.right)
+    )
+    tensors = {found.left: left, found.right: right}
+    if batch is None:
+        values = _Values(site, tensors, None)
+    else:  # one matrix is as good as any
+        values = _Values(site, {n: t[None] for n, t in tensors.items()}, 0)
+    return _before(values.of(dense), left @ right)
+
+
+def _before(change: Tensor, plain: Tensor) -> float | None:
+    """The number that a matrix is times another one, if it is."""
+    scale = float((change * plain).sum() / (plain * plain).sum())
     scale = float(round(scale)) if abs(scale - round(scale)) < _SAME else scale
-    return scale if torch.allclose(added, scale * plain, rtol=_SAME, atol=_SAME) else None
+    return scale if torch.allclose(change, scale * plain, rtol=_SAME, atol=_SAME) else None
 
 
 _SAME = 1e-12

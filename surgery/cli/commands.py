@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import surgery
-from surgery.cli import checkpoints, folders, merging
+from surgery.cli import checkpoints, composing, folders, merging
 from surgery.cli.inputs import (
     check_output,
     check_program,
@@ -379,6 +379,7 @@ def _run(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object
 # ------------------------------------------------------------------------------------ folders
 
 app.command()(folders.convert)
+app.command()(composing.compose)
 app.command()(folders.extract)
 app.command(name="import")(folders.import_)
 app.command()(checkpoints.inspect)

@@ -294,6 +294,22 @@ def _wanted(form: Parameters | Biases | Table, value: object) -> str:
             return "" if _is_table(value) else "a table"
 
 
+def begun_otherwise(
+    fmt: ast.Format, config: ConfigFile, names: Mapping[str, object], informative: Iterable[str]
+) -> Iterator[str]:
+    """The fields whose value is read as if it were another, which the method has.
+
+    names: the arguments.
+    """
+    passed = set(informative)
+    for item in fields_of(fmt):
+        form = form_of(item)
+        leaf = chosen(form.expression, names) if isinstance(form, Value) else form
+        value = config.get(item.name, default_of(item))
+        if isinstance(leaf, OneOf) and item.name not in passed and not same(value, leaf.values[0]):
+            yield item.name
+
+
 def unknown_fields(
     fmt: ast.Format, config: ConfigFile, informative: Iterable[str]
 ) -> Iterator[Diagnostic]:
