@@ -77,9 +77,12 @@ def rename(model: nn.Module, state: State, old: str, new: str) -> None:
 
 
 def check_name(name: str) -> None:
-    """Raises StateError (E443) for what cannot be part of the names of parameters."""
+    """Raises StateError (E443) for what cannot be the name of a module, or part of one."""
     if not name.isidentifier():
         hint = "use letters, digits and `_`, and no digit at first"
+        refuse("E443", f"`{name}` is no name of an adapter", hint=hint)
+    if hasattr(mount.Holder, name):
+        hint = f"every module has something of that name; call it `{name}_`"
         refuse("E443", f"`{name}` is no name of an adapter", hint=hint)
 
 

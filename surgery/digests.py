@@ -76,7 +76,8 @@ def base_digests(model: nn.Module, sites: Iterable[PlannedSite]) -> dict[str, Di
     """The digest of the base's own weight at each site, by path; merged weights are not the base's.
 
     A site is left out where that weight is not there to be read: on meta, or after a merge that
-    did not keep it; and where W' is not made of W, as of a head that is drawn anew at each load.
+    did not keep it; where it is quantised; and where W' is not made of W, as of a head that is
+    drawn anew at each load.
     """
     state = require_state(model)
     merged: dict[tuple[int, str], list[MergedSite]] = {}
@@ -94,7 +95,7 @@ def base_digests(model: nn.Module, sites: Iterable[PlannedSite]) -> dict[str, Di
 
 def _reads_base(site: PlannedSite) -> bool:
     still = site.form.derived.still
-    return still is None or depends_on(still.weight, WEIGHT)
+    return not site.form.kind.packed and (still is None or depends_on(still.weight, WEIGHT))
 
 
 def _parameter(site: PlannedSite) -> tuple[int, str]:

@@ -1,9 +1,9 @@
 """Adapters that one graph computes: equations that differ in sizes and numbers alone.
 
-A method at rank 8 with alpha 16, and the same at rank 3, are one equation over tensors of the larger
-rank, filled up with zeros, and over a number that is a tensor. Which arguments may differ so is
-found out: the equations are made with another size, compared node by node, and tried on filled up
-parameters.
+A method at rank 8 with alpha 16, and the same at rank 3, are one equation over tensors of the
+larger rank, filled up with zeros, and over a number that is a tensor. Which arguments may differ so
+is found out: the equations are made with another size, compared node by node, and tried on filled
+up parameters.
 """
 
 from __future__ import annotations

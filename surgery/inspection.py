@@ -18,6 +18,7 @@ from surgery.errors import SurgeryError, refuse
 from surgery.headers import Entry
 from surgery.integrations.imported import import_config
 from surgery.integrations.peft import NAME, kind_of
+from surgery.integrations.pretrained import base_of
 from surgery.language import syntax as ast
 from surgery.language.library import Library
 from surgery.language.parse import MAX_WORDS, parse, parse_bytes
@@ -71,7 +72,7 @@ class Adapter:
     """A saved adapter.
 
     name: its own. sites: where it is. form: under which keys its tensors are. peft: why peft does
-    not read it, or "". spec: what puts on the same. base: the model that peft's config names.
+    not read it, or "". spec: what puts on the same. base: the model that the folder names.
     """
 
     name: str
@@ -242,10 +243,8 @@ def _digest(stated: object) -> str:
 
 
 def _base(folder: Path) -> str:
-    """The base that a config of peft's names."""
-    path = folder / CONFIG
-    name = read_json(path).get("base_model_name_or_path") if path.is_file() else None
-    return name if isinstance(name, str) else ""
+    """The base that a folder names, or the config of peft's in it."""
+    return base_of(folder).name
 
 
 def _peft_adapter(folder: Path, contents: Contents) -> Adapter:

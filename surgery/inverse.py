@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from torch import Tensor, nn
 
+from surgery import recomputing
 from surgery.algebra.expr import MERGED
 from surgery.choices import unfollow
 from surgery.distributed import refuse_sharded
@@ -145,6 +146,7 @@ class Inverse:
         give_back(self.model, keep_merge)
         set_requires_grad(self.model, state.flags)
         unfollow(self.model)
+        recomputing.unfollow(self.model)
         release(self.model)
         forget_state(self.model)
         return self.model

@@ -28,7 +28,8 @@ def shared_at(model: nn.Module, plan: Plan, site: PlannedSite) -> dict[str, Tens
             continue
         value = shared_tensor_of(model, plan, site, p)
         for axis, length in enumerate(site.form.shapes[p.name]):
-            value = value.narrow(axis, 0, length)
+            if value.shape[axis] != length:
+                value = value.narrow(axis, 0, length)
         found[p.name] = value
     return found
 

@@ -88,9 +88,14 @@ class SiteClass:
         return " then ".join(link.method.name for link in self.links)
 
     @cached_property
+    def calls(self) -> tuple[str, ...]:
+        """The methods with their arguments, each as a statement has it."""
+        return tuple(map(_call, self.links))
+
+    @property
     def call(self) -> str:
         """The methods with their arguments, as a statement has them."""
-        return " then ".join(map(_call, self.links))
+        return " then ".join(self.calls)
 
     @cached_property
     def names(self) -> Mapping[str, int | float]:

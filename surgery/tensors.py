@@ -11,22 +11,23 @@ from torch import Tensor, nn
 from surgery import materialize, mount
 from surgery.algebra.expr import Expr
 from surgery.algebra.observed import seen
+from surgery.distributed import refuse_sharded
 from surgery.errors import refuse
 from surgery.located import parameters_at, shared_parameter
 from surgery.model.holder import SHARED, holder_of, shared_name
 from surgery.model.hooked import execution_device
 from surgery.plan import Plan, PlannedSite, SharedParameter
-from surgery.state import Adapter
+from surgery.state import Adapter, require_state
 
 
 def tensors_of(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     """All tensors of an adapter by their names in the model, shared ones once and whole."""
     found: dict[str, Tensor] = {}
     for site in adapter.sites:
-        values = parameters_at(model, adapter.plan, site)
         for p in site.form.parameters:
             if not p.shared:
-                found[site.adapted(p.name)] = values[p.name].detach()
+                value = mount.parameter_of(site.site.module, site.holders, p.name)
+                found[site.adapted(p.name)] = value.detach()
     for shared in adapter.plan.shared:
         if shared.adapter == adapter.name:
             group = adapter.plan.groups[shared.key]
@@ -36,7 +37,9 @@ def tensors_of(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
 
 
 def begin_pending(model: nn.Module, adapter: Adapter) -> None:
-    """Begin what waited on meta, where the base's weights have arrived."""
+    """Begin what waited on meta, where the base's weights have arrived; E461 if it is sharded."""
+    if any(tensor.is_meta for tensor in tensors_of(model, adapter).values()):
+        refuse_sharded(model, require_state(model), "materialized")
     for shared in adapter.plan.shared:  # before the sites, whose own may be made of them
         if shared.adapter == adapter.name:
             _begin_shared(model, adapter, shared)

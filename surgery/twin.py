@@ -29,7 +29,7 @@ def twin(model: nn.Module) -> nn.Module:
     memo: dict[int, object] = {id(tensor): other for tensor, other in _shared(model)}
     try:
         made = copy.deepcopy(model, memo)
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, RuntimeError, AssertionError) as error:
         refuse("E415", f"the model has no twin, since it cannot be copied: {error}", hint=_IN_PLACE)
     _check(model, made)
     return made

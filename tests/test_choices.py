@@ -318,6 +318,10 @@ def test_a_name_changes_and_nothing_else(tmp_path: Path) -> None:
     assert torch.equal(logits(other), wanted["g"])
     refused("E412", lambda: compiled.rename("zeta", "b"))
     refused("E443", lambda: compiled.rename("zeta", "b.c"))
+    refused("E443", lambda: compiled.rename("zeta", "half"))  # a method of every module
+    refused(
+        "E443", lambda: surgery.compile("adapter half { match q_proj apply ia3() }", compiled.model)
+    )
     refused("E411", lambda: compiled.rename("a", "b2"))
 
 

@@ -1,0 +1,67 @@
+"""The names that Hugging Face peft has for its methods and for the tasks of a model."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class PeftType(StrEnum):
+    """The methods; see `PEFT_TYPE_TO_CONFIG_MAPPING` for those that are here."""
+
+    ADALORA = "ADALORA"
+    ADAMSS = "ADAMSS"
+    ADAPTION_PROMPT = "ADAPTION_PROMPT"
+    BEFT = "BEFT"
+    BOFT = "BOFT"
+    BONE = "BONE"
+    C3A = "C3A"
+    CARTRIDGE = "CARTRIDGE"
+    CPT = "CPT"
+    DEFT = "DEFT"
+    DELORA = "DELORA"
+    FOURIERFT = "FOURIERFT"
+    FROD = "FROD"
+    GLORA = "GLORA"
+    GRALORA = "GRALORA"
+    HIRA = "HIRA"
+    HRA = "HRA"
+    IA3 = "IA3"
+    LILY = "LILY"
+    LN_TUNING = "LN_TUNING"
+    LOHA = "LOHA"
+    LOKR = "LOKR"
+    LORA = "LORA"
+    MISS = "MISS"
+    MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
+    OFT = "OFT"
+    OSF = "OSF"
+    PEANUT = "PEANUT"
+    POLY = "POLY"
+    PREFIX_TUNING = "PREFIX_TUNING"
+    PROMPT_TUNING = "PROMPT_TUNING"
+    PSOFT = "PSOFT"
+    PVERA = "PVERA"
+    P_TUNING = "P_TUNING"
+    RANDLORA = "RANDLORA"
+    ROAD = "ROAD"
+    SHADOW = "SHADOW"
+    SHIRA = "SHIRA"
+    SUPERTUNING = "SUPERTUNING"
+    TINYLORA = "TINYLORA"
+    TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
+    UNILORA = "UNILORA"
+    VBLORA = "VBLORA"
+    VERA = "VERA"
+    WAVEFT = "WAVEFT"
+    XLORA = "XLORA"
+
+
+class TaskType(StrEnum):
+    """What a model is for, by which `get_peft_model` chooses the class around it."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
