@@ -201,7 +201,7 @@ def _format(cls: type[nn.Module]) -> _Format | None:
 
 
 def _of(module: nn.Module) -> _Format:
-    found = _format(base_class(module))
+    found = _format(type(module))  # whatever was put on top of the class
     assert found is not None  # what was unpacked is packed no more
     return found
 

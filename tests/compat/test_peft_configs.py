@@ -238,6 +238,19 @@ def test_a_folder_says_which_base_it_is_for(tmp_path: Path) -> None:
     torch.testing.assert_close(read(TOKENS).logits, model(TOKENS).logits)
 
 
+def test_a_folder_of_another_version_may_have_fields_that_are_off(tmp_path: Path) -> None:
+    model = ours.get_peft_model(llama(), ours.LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps({**values, "use_newer": False, "newer_config": None}))
+    loaded = ours.PeftModel.from_pretrained(llama(), tmp_path)
+    assert loaded.peft_config["default"].r == 2
+    file.write_text(json.dumps({**values, "use_newer": True}))
+    with pytest.raises(ArtifactError, match="no field `use_newer`"):
+        ours.PeftConfig.from_pretrained(tmp_path)
+
+
 def test_a_quantised_model_is_prepared_as_with_peft() -> None:
     for library in (theirs, ours):
         model = llama().to(torch.bfloat16)

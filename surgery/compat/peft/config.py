@@ -171,7 +171,11 @@ class PeftConfig:
         E516 for its file, E560 for fields that peft's config has not.
         """
         folder = folder_of(pretrained_model_name_or_path, subfolder, hub)
-        return cast(Self, cls.from_peft_type(**cls.from_json_file(folder / CONFIG)))
+        fields = cls.from_json_file(folder / CONFIG)
+        known = defaults_of(str(fields.get("peft_type") or ""))
+        # Other versions of peft write fields of their own, which say nothing where they are off.
+        kept = {n: v for n, v in fields.items() if n in known or not _is_off(v)}
+        return cast(Self, cls.from_peft_type(**kept))
 
     @staticmethod
     def from_json_file(path_json_file: str | Path) -> dict[str, Any]:
@@ -237,6 +241,10 @@ class Nested(dict[str, Any]):
 
 
 # ------------------------------------------------------------------------------------- values
+
+
+def _is_off(value: object) -> bool:
+    return value is None or value is False or value in ([], {}, "")
 
 
 def _taken(name: str, value: Any) -> Any:
