@@ -18,6 +18,7 @@ from transformers import (
     GPT2Config,
     GPT2Model,
     LlamaConfig,
+    LlamaForCausalLM,
     LlamaModel,
     MixtralConfig,
     MixtralModel,
@@ -61,6 +62,20 @@ def llama_config(**given: Any) -> LlamaConfig:
 def llama() -> nn.Module:
     untyped.manual_seed(0)
     return LlamaModel(llama_config()).eval()
+
+
+def language_model(**given: Any) -> nn.Module:
+    """A Llama with its head, of two layers."""
+    sizes: dict[str, Any] = {
+        "vocab_size": 61,
+        "hidden_size": 24,
+        "intermediate_size": 44,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    untyped.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**(sizes | given))).eval()
 
 
 def gpt2() -> nn.Module:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import language_model
 from support import moved
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import surgery
 from surgery.errors import SurgeryError
@@ -46,16 +46,7 @@ OTHERS = {
 
 
 def llama() -> nn.Module:
-    untyped.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=24,
-        intermediate_size=44,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    return LlamaForCausalLM(config).eval()
+    return language_model(num_hidden_layers=1)
 
 
 def built(adapters: dict[str, tuple[str, str]], model: nn.Module) -> surgery.Compiled:

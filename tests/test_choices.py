@@ -14,10 +14,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import language_model
 from support import moved
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import T5Config, T5ForConditionalGeneration
 
 import surgery
 from surgery.errors import SurgeryError
@@ -44,16 +45,7 @@ TOKENS = (torch.arange(12) * 7 % 61).view(4, 3)
 
 
 def llama() -> nn.Module:
-    untyped.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=24,
-        intermediate_size=44,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    return LlamaForCausalLM(config).eval()
+    return language_model()
 
 
 def ten(model: nn.Module) -> surgery.Compiled:

@@ -18,10 +18,10 @@ import torch
 import transformers
 from beside_peft import close, output, saved_by_peft
 from checkpoint_files import contents, refused, tensors
-from small_models import logits, untyped
+from small_models import language_model, logits, untyped
 from support import moved
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import surgery
 from surgery import file_places, file_tensors
@@ -48,18 +48,7 @@ def of_small_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def llama(**given: Any) -> nn.Module:
-    untyped.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=24,
-        intermediate_size=44,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        attention_bias=True,
-        **given,
-    )
-    return LlamaForCausalLM(config).eval()
+    return language_model(attention_bias=True, **given)
 
 
 def tied() -> nn.Module:
