@@ -89,10 +89,11 @@ class Inverse:
         Gives what rounding lost and what is kept, site by site.
         Raises StateError, with nothing changed: E402 if merged already, E403 where an equation has
         no merged weight, E404 on meta, E405 where an undo cannot be had, E424 and E425 for
-        quantised weights, E428 to E431, E461.
+        quantised weights, E428 to E431, E446 within a choice of the thread, E461.
         """
         state = require_state(self.model)
         refuse_sharded(self.model, state, "merged")
+        _refuse_chosen(state, "merged")
         options = Options(undo, round, seed, taken(self.model, quantized), state.shares)
         accepted = Accepted(max_rel_err, allow_nonfinite)
         if adapter is None:
@@ -117,6 +118,7 @@ class Inverse:
         """
         state = require_state(self.model)
         refuse_sharded(self.model, state, "unmerged")
+        _refuse_chosen(state, "unmerged")
         _check_unmerge(state)
         if adapter is None or state.live.adapters == (adapter,):
             self._take_out(state)
@@ -134,6 +136,7 @@ class Inverse:
         """
         state = require_state(self.model)
         refuse_sharded(self.model, state, "unloaded")
+        _refuse_chosen(state, "unloaded")
         if keep_merge and not state.is_merged:
             refuse("E409", "nothing is merged that could be kept", hint="call merge() first")
         if state.is_merged and not keep_merge:
@@ -288,6 +291,16 @@ def remove_site(site: PlannedSite) -> None:
 
 
 # ------------------------------------------------------------------------------------ checks
+
+
+def _refuse_chosen(state: State, what: str) -> None:
+    """E446 while this thread has something live that the model would no longer know."""
+    if state.switch.own is not None:
+        refuse(
+            "E446",
+            f"the model cannot be {what} while this thread has a choice of its own",
+            hint="leave the `with` of using() or route() first",
+        )
 
 
 def _check_merge(state: State, sites: tuple[PlannedSite, ...], options: Options) -> None:

@@ -142,19 +142,23 @@ class Compiled:
         """
         rename(self.model, self._state, old, new)
 
-    def hotswap(self, adapter: str, source: str | Path | Mapping[str, Tensor]) -> None:
+    def hotswap(
+        self, adapter: str, source: str | Path | Mapping[str, Tensor], *, force: bool = False
+    ) -> None:
         """Give an adapter other weights in place, while the model is in use; nothing is compiled.
 
         source: a folder, ours or peft's, of an adapter that computes the same at the same sites,
         or tensors by their names in the model; with a bank of `reserve` other ranks and sites as
-        well. What `freeze` computed is computed again.
-        Raises, with nothing changed: ArtifactError for a folder that is not whole; StateError: E411
+        well. What `freeze` computed is computed again. force: take a folder that was made on
+        another base than this model.
+        Raises, with nothing changed: ArtifactError for a folder that is not whole, and E522 for one
+        of another base; StateError: E411
         if there is no such adapter, E402 while it is merged, E438 for tensors that are missing, too
         many or of other shapes, E439 for a folder of another kind of adapter.
         """
         from surgery.swapping import hotswap
 
-        hotswap(self.model, self._state, adapter, source)
+        hotswap(self.model, self._state, adapter, source, force)
 
     def reserve(
         self, max_rank: int, *, adapters: int = 16, batch: int = 32, terms: int = 1

@@ -11,6 +11,7 @@ from torch import nn
 
 from surgery.errors import Diagnostic, StateError
 from surgery.model.hooked import execution_device
+from surgery.model.storage import bytes_of
 from surgery.mount import base_parameters
 from surgery.placement import misplaced
 from surgery.planned import PlannedSite
@@ -110,7 +111,7 @@ def status(model: nn.Module) -> Status:
         state.switch.frozen,
         model.training,
         sum(p.numel() for p in base),
-        sum(map(_bytes, base)),
+        sum(map(bytes_of, base)),
         tuple(_findings(model, state, every)),
     )
 
@@ -140,7 +141,7 @@ def _adapter(state: State, adapter: Adapter, every: Sequence[Owned]) -> AdapterS
         _count(one for one in every if one.parameter.trained),
         _count(every),
         _count(one for one in every if one.parameter.trained and one.value.requires_grad),
-        sum(_bytes(one.value) for one in every),
+        sum(bytes_of(one.value) for one in every),
         live,
         live and state.is_merged,
         _each(every, lambda one: str(one.dtype).removeprefix("torch.")),
@@ -150,10 +151,6 @@ def _adapter(state: State, adapter: Adapter, every: Sequence[Owned]) -> AdapterS
 
 def _count(every: Iterable[Owned]) -> int:
     return sum(one.value.numel() for one in every)
-
-
-def _bytes(value: torch.Tensor) -> int:
-    return value.numel() * value.element_size()
 
 
 def _each(every: Iterable[Owned], of: Callable[[torch.Tensor], str]) -> tuple[str, ...]:

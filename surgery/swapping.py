@@ -13,6 +13,7 @@ from surgery import mount
 from surgery.adapters import check_name, names_in, put_in, remove, renamed
 from surgery.artifact import Loaded, check_tensors, load_artifact
 from surgery.bank import Bank
+from surgery.digests import check_base
 from surgery.distributed import refuse_new
 from surgery.errors import Report, refuse
 from surgery.located import shared_at
@@ -45,7 +46,11 @@ def loaded_plan(
 
 
 def hotswap(
-    model: nn.Module, state: State, name: str, source: str | Path | Mapping[str, Tensor]
+    model: nn.Module,
+    state: State,
+    name: str,
+    source: str | Path | Mapping[str, Tensor],
+    force: bool = False,
 ) -> None:
     """Give an adapter other weights; see `Compiled.hotswap`."""
     adapter = chosen(state, name)
@@ -56,6 +61,8 @@ def hotswap(
         return
     dtype = next((site.form.dtype for site in adapter.sites), None)
     plan, loaded = loaded_plan(Path(source), model, dtype, name)
+    if not (force or state.is_merged):  # what is merged is not the base's
+        check_base(plan.sites, loaded.base, str(source))
     tensors = {**_redrawn(model, plan, loaded), **loaded.tensors}
     found = differences({site.path: site for site in adapter.sites}, plan, str(source))
     bank = state.switch.bank

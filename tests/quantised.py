@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from library_calls import CASES, derived
-from support import bits, moved
+from support import moved
 from torch import Tensor, nn
 
 import surgery
@@ -17,6 +17,7 @@ from surgery.merging import changes
 from surgery.model import storage
 from surgery.model.holder import under_adapters
 from surgery.model.layers import kind_of
+from surgery.model.storage import inner_tensors
 
 untyped: Any = torch
 
@@ -79,6 +80,15 @@ def dense(model: Alone) -> Alone:
     return Alone(made)
 
 
+def bits(model: nn.Module) -> dict[str, tuple[bytes, ...]]:
+    """The bytes of all parameters of a model, and of what those of other classes are made of."""
+    return {n: tuple(map(_bytes, inner_tensors(p) or (p,))) for n, p in model.named_parameters()}
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
 def close(found: Tensor, expected: Tensor, most: float = 1e-5) -> None:
     """To a part of the largest."""
     assert found.dtype == expected.dtype
@@ -106,9 +116,9 @@ def pair(make: Make, method: str, folder: Path) -> tuple[surgery.Compiled, surge
 def _step(compiled: surgery.Compiled) -> dict[str, Tensor]:
     """One step of descent; the gradients that it took."""
     trained = _trained(compiled.model)
-    optimiser = torch.optim.SGD([*trained.values()], lr=1e-3)
+    optimiser: Any = torch.optim.SGD([*trained.values()], lr=1e-3)
     untyped.manual_seed(7)
-    compiled.model(X).square().mean().backward()
+    (compiled.model(X) - 1).square().mean().backward()
     assert trained
     assert [n for n, p in trained.items() if p.grad is None] == []
     gradients = {n: cast(Tensor, p.grad).clone() for n, p in trained.items()}

@@ -98,7 +98,16 @@ BY_NAME = {
 integration, when a model or a folder asks for it; a library; and the trusted function that a
 caller names for a model or for data."""
 
-LATE = ("safetensors", "transformers", "accelerate", "bitsandbytes", "typer", "rich", "einops")
+LATE = (
+    "safetensors",
+    "transformers",
+    "accelerate",
+    "bitsandbytes",
+    "torchao",
+    "typer",
+    "rich",
+    "einops",
+)
 """What `import surgery` must not import: each costs more than the package itself."""
 
 METHODS = tuple(sorted(path.stem for path in (ROOT / "specs" / "methods").glob("*.peft")))

@@ -188,6 +188,24 @@ def test_generation_follows_a_route(adapted: surgery.Compiled, given_: dict[str,
         assert torch.allclose(again[index], alone(adapted, live)[index], atol=1e-5)
 
 
+def test_eight_adapters_generate_in_a_batch_of_32(adapted: surgery.Compiled) -> None:
+    names = [*CALLS][:8]
+    route = [names[number * 5 % 8] for number in range(32)]
+    tokens = (torch.arange(32 * 4) * 11 % 61).view(32, 4)
+    asked: dict[str, Any] = {**GENERATE, "max_new_tokens": 20}
+    asked |= {"output_logits": True, "return_dict_in_generate": True}
+    model = cast(Any, adapted.model)
+    with adapted.route(route):
+        found = model.generate(tokens, **asked)
+    assert found.sequences.shape == (32, 24)
+    for index, live in enumerate(route):
+        with adapted.using(live):
+            own = model.generate(tokens[index : index + 1], **asked)
+        assert torch.equal(own.sequences[0], found.sequences[index])
+        for one, every in zip(own.logits, found.logits, strict=True):
+            assert torch.allclose(one[0], every[index], atol=1e-5)
+
+
 def test_an_encoder_runs_before_beams_and_a_decoder_after() -> None:
     untyped.manual_seed(0)
     sizes: dict[str, Any] = {"d_model": 24, "d_kv": 12, "d_ff": 44, "num_layers": 2, "num_heads": 2}
@@ -242,6 +260,11 @@ def test_what_cannot_be_routed_is_refused_by_name(adapted: surgery.Compiled) -> 
     refused("E436", lambda: run(["a"] * 2 + [None] * 6))
     refused("E434", lambda: run([]))
     refused("E411", lambda: run(["a", "nobody", "b", None]))
+    adapted.activate("a")
+    with adapted.route(["a", None]):
+        refused("E446", adapted.inverse.merge)
+        refused("E446", adapted.inverse.unload)
+    adapted.activate(None)
     net = nn.TransformerEncoderLayer(12, 2, batch_first=True)
     inside = surgery.compile("match self_attn.* apply lora(r=2)", net)
     assert "self_attn" in str(refused("E435", lambda: inside.route(["default", None]).__enter__()))

@@ -29,7 +29,7 @@ from surgery.model.layers import (
     weight_kind_of,
 )
 from surgery.model.parts import WHOLE, ParameterSlice, Part
-from surgery.model.storage import identity, seen
+from surgery.model.storage import bytes_of, identity, seen
 
 if TYPE_CHECKING:
     from surgery.model.traced import Outline, Used
@@ -156,7 +156,7 @@ class Inventory:
                 if p is not None and not is_lazy(p) and id(p) not in found:
                     what = seen(entry.module, name)
                     assert what is not None
-                    found[id(p)] = what.numel(), p.numel() * p.element_size()
+                    found[id(p)] = what.numel(), bytes_of(p)
         return sum(n for n, _ in found.values()), sum(b for _, b in found.values())
 
     def below(self, index: int) -> tuple[int, ...]:

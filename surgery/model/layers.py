@@ -347,38 +347,34 @@ PACKED: tuple[LayerKind, ...] = tuple(
 """Layers that are like others, whose names they have, but for how their weight lies."""
 
 
+def _codes_objection(module: nn.Module) -> str:
+    told = getattr(module.weight, "act_quant_kwargs", None)
+    return "" if told is None else "its inputs are quantised as well as its weight"
+
+
+WEIGHTS: Mapping[str, LayerKind] = {
+    "torchao.quantization.Int8Tensor": replace(
+        KINDS[0], objection=_codes_objection, packed="surgery.integrations.torchao"
+    )
+}
+"""Layers of a plain class that are packed, by the class of their weight."""
+
+
 def _no_sizes(module: nn.Module) -> Sizes:
     """A bare parameter has its own."""
     del module
     return Sizes(0, 0, 0)
 
 
-def _bare(
-    name: str,
-    to_matrix: Callable[[Tensor], Tensor],
-    from_matrix: Callable[[Tensor, tuple[int, ...]], Tensor],
-) -> LayerKind:
-    """The row of parameters that lie one way or the other."""
-    return LayerKind(
-        name=name,
-        qualified="",
-        argument="input",
-        input="features",
-        sizes=_no_sizes,
-        geometry=_no_geometry,
-        objection=_no_objection,
-        to_matrix=to_matrix,
-        from_matrix=from_matrix,
-        apply=_apply_features,
-        scale=_scale_features,
-        bare=True,
-    )
+def _bare(name: str, like: LayerKind) -> LayerKind:
+    """The row of parameters that lie as the weights of a layer."""
+    return replace(like, name=name, qualified="", argument="input", sizes=_no_sizes, bare=True)
 
 
-MATRIX = _bare("matrix", _as_is, _stored)
+MATRIX = _bare("matrix", KINDS[0])
 """A parameter [out, in], or [batch, out, in]."""
 
-TRANSPOSED_MATRIX = _bare("transposed_matrix", _transposed, _stored_transposed)
+TRANSPOSED_MATRIX = _bare("transposed_matrix", KINDS[1])
 """A parameter [in, out], or [batch, in, out]."""
 
 
@@ -386,7 +382,7 @@ def _column(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, 1)
 
 
-TENSOR = _bare("tensor", _column, _stored)
+TENSOR = replace(MATRIX, name="tensor", to_matrix=_column)
 """A parameter of any number of axes, as a matrix of one column."""
 
 
@@ -408,12 +404,20 @@ def kind_of(module: nn.Module) -> LayerKind | None:
     classes that were swapped in by mounting are looked through.
     """
     kind, same = _row_of(base_class(module))
-    return kind if same else None
+    return (packed_weight(module) or kind) if same else None
 
 
 def weight_kind_of(module: nn.Module) -> LayerKind | None:
     """The row that knows this module's weight, whatever its forward does with it, or None."""
-    return _row_of(base_class(module))[0]
+    return packed_weight(module) or _row_of(base_class(module))[0]
+
+
+def packed_weight(module: nn.Module) -> LayerKind | None:
+    """The row of a plain layer whose weight is packed by the class of the weight, or None."""
+    weight = module._parameters.get("weight")  # pyright: ignore[reportPrivateUsage]
+    found = None if weight is None else WEIGHTS.get(qualified_name(type(weight)))
+    own = None if found is None else _row_of(base_class(module))[0]
+    return None if own is None or found is None or own.qualified != found.qualified else found
 
 
 @lru_cache(maxsize=1024)

@@ -17,6 +17,7 @@ from surgery.model.holder import parameters_of
 from surgery.model.hooked import integration_of, packing_of
 from surgery.model.layers import LayerKind
 from surgery.model.parts import ENTRIES, ROWS, WHOLE, ParameterSlice
+from surgery.model.sharded import is_sharded
 from surgery.model.stored import Kept, Storage
 
 Which = Literal["weight", "bias"]
@@ -108,7 +109,26 @@ def _identity_plain(module: nn.Module, name: str) -> Hashable:
 
 def address(tensor: Tensor) -> Hashable:
     """Where a tensor's data begins; equal for two tensors over the same data."""
+    inner = inner_tensors(tensor)
+    if inner:
+        return tuple(map(address, inner))
     return tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset()
+
+
+def inner_tensors(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The tensors that one of a class of its own keeps its data in; none where it has its own.
+
+    None of a sharded one either, whose data is not all here.
+    """
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None or is_sharded(tensor):
+        return ()
+    return tuple(getattr(tensor, name) for name in flatten()[0])
+
+
+def bytes_of(tensor: Tensor) -> int:
+    """What a parameter takes in memory, without what lies beside it."""
+    return sum(t.numel() * t.element_size() for t in inner_tensors(tensor) or (tensor,))
 
 
 PLAIN = Storage(

@@ -164,7 +164,7 @@ def test_the_forward_and_the_gradients_are_those_of_the_dense_model(name: str, m
 
 def alone(name: str) -> laws.Alone:
     untyped.manual_seed(0)
-    return cast(laws.Alone, laws.Alone(FORMATS[name](96, 160)).to("cpu").train())
+    return laws.Alone(FORMATS[name](laws.FAN_IN, laws.FAN_OUT)).to("cpu").train()
 
 
 @pytest.mark.parametrize("name", ["nf4", "fp4", "int8"])
