@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from surgery.errors import Diagnostic, StateError
+from surgery.model.holder import Holder, every_module
 from surgery.model.hooked import execution_device
-from surgery.model.storage import bytes_of
+from surgery.model.storage import bytes_of, counted
 from surgery.mount import base_parameters
 from surgery.placement import misplaced
 from surgery.planned import PlannedSite
@@ -102,7 +103,7 @@ def status(model: nn.Module) -> Status:
     """
     state = require_state(model)
     every = {name: [*owned(model, adapter)] for name, adapter in state.adapters.items()}
-    base = {id(p): p for p in base_parameters(model).values()}.values()
+    base, base_bytes = counted(m for m in every_module(model) if not isinstance(m, Holder))
     return Status(
         tuple(_adapter(state, adapter, every[adapter.name]) for adapter in state.adapters.values()),
         str(state.live) if state.live else None,
@@ -110,8 +111,8 @@ def status(model: nn.Module) -> Status:
         state.is_merged,
         state.switch.frozen,
         model.training,
-        sum(p.numel() for p in base),
-        sum(map(bytes_of, base)),
+        base,
+        base_bytes,
         tuple(_findings(model, state, every)),
     )
 

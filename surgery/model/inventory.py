@@ -29,7 +29,7 @@ from surgery.model.layers import (
     weight_kind_of,
 )
 from surgery.model.parts import WHOLE, ParameterSlice, Part
-from surgery.model.storage import bytes_of, identity, seen
+from surgery.model.storage import counted, identity, seen
 
 if TYPE_CHECKING:
     from surgery.model.traced import Outline, Used
@@ -150,14 +150,7 @@ class Inventory:
 
         Tied ones count once, lazy ones not.
         """
-        found: dict[int, tuple[int, int]] = {}
-        for entry in self.entries:
-            for name, p in parameters_of(entry.module).items():
-                if p is not None and not is_lazy(p) and id(p) not in found:
-                    what = seen(entry.module, name)
-                    assert what is not None
-                    found[id(p)] = what.numel(), bytes_of(p)
-        return sum(n for n, _ in found.values()), sum(b for _, b in found.values())
+        return counted(entry.module for entry in self.entries)
 
     def below(self, index: int) -> tuple[int, ...]:
         """The part of the pool at or below an entry."""

@@ -6,7 +6,7 @@ tensor: what a module held is never written into, so that it can be given back a
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from typing import Literal
 
 import torch
@@ -193,6 +193,21 @@ def seen(module: nn.Module, name: str) -> Tensor | None:
     if row is None or row.packing is None:
         return parameters_of(module).get(name)
     return torch.empty(row.packing.size(module), dtype=row.packing.dtype, device="meta")
+
+
+def counted(modules: Iterable[nn.Module]) -> tuple[int, int]:
+    """The elements of all parameters that modules own, of which packed ones have more, and bytes.
+
+    Tied ones count once, lazy ones not.
+    """
+    found: dict[int, tuple[int, int]] = {}
+    for module in modules:
+        for name, p in parameters_of(module).items():
+            if p is not None and not is_lazy(p) and id(p) not in found:
+                what = seen(module, name)
+                assert what is not None
+                found[id(p)] = what.numel(), bytes_of(p)
+    return sum(n for n, _ in found.values()), sum(b for _, b in found.values())
 
 
 def _storage(module: nn.Module, at: ParameterSlice) -> Storage:

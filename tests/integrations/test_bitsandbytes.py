@@ -187,6 +187,8 @@ def test_sizes_are_the_modules_own(name: str) -> None:
     ]
     assert plan.base_count == sum(p.numel() for p in dense(model).parameters())
     assert plan.base_bytes < 4 * plan.base_count
+    told = surgery.compile("match up | down apply lora(r=2)", model).status()
+    assert (told.base, told.base_bytes) == (plan.base_count, plan.base_bytes)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
