@@ -181,11 +181,19 @@ class Bank:
     numbers: dict[str, int] = field(default_factory=dict[str, int])
     left: dict[str, str] = field(default_factory=dict[str, str])
     known: dict[str, Lanes] = field(default_factory=dict[str, Lanes])
+    given: int = 0
 
     def number_for(self, adapter: str) -> int | None:
-        """The number of an adapter, a free one if it has none; None if all are taken."""
-        free = (n for n in range(self.adapters) if n not in self.numbers.values())
-        return self.numbers.get(adapter, next(free, None))
+        """The number of an adapter, a free one if it has none; None if all are taken.
+
+        One that was given lately is the last to be given again: a thread may still have chosen it.
+        """
+        if adapter in self.numbers:
+            return self.numbers[adapter]
+        after = (n % self.adapters for n in range(self.given, self.given + self.adapters))
+        found = next((n for n in after if n not in self.numbers.values()), None)
+        self.given = self.given if found is None else found + 1
+        return found
 
     def lanes(self, choice: Choice, lives: Mapping[str, Live]) -> Lanes:
         """A choice as tensors [terms, batch]; `fits` is False where it is none of a bank's."""

@@ -20,8 +20,12 @@ def freeze(model: nn.Module, state: State) -> None:
     if any(module.training for module, _ in _mounted(model)):
         refuse("E441", "the model is in training mode", hint="eval() it before it is frozen")
     refuse_sharded(model, state, "frozen")
-    for module, runs in _mounted(model):
-        runs.freeze(module)
+    try:
+        for module, runs in _mounted(model):
+            runs.freeze(module)
+    except BaseException:
+        thaw(model, state)
+        raise
     state.switch.frozen = True
     vars(model)["train"] = _Train(model)
 

@@ -17,6 +17,7 @@ from surgery.algebra.expr import MERGED
 from surgery.choices import unfollow
 from surgery.distributed import refuse_sharded
 from surgery.errors import Report, refuse
+from surgery.freezing import thaw
 from surgery.live import Live, Then, added, single
 from surgery.located import parameters_at
 from surgery.merge_report import Accepted, MergeReport
@@ -141,6 +142,8 @@ class Inverse:
             refuse("E409", "nothing is merged that could be kept", hint="call merge() first")
         if state.is_merged and not keep_merge:
             self.unmerge()
+        if state.switch.frozen:
+            thaw(self.model, state)
         for adapter in state.adapters.values():
             for site in adapter.sites:
                 dismount_site(site)

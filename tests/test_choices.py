@@ -425,6 +425,11 @@ def test_frozen_is_for_inference() -> None:
     compiled.model.train()
     refused("E441", compiled.freeze)
     untyped.autograd.backward(cast(Any, compiled.model)(TOKENS).logits.sum())
+    compiled.model.eval()
+    compiled.freeze()
+    model = compiled.inverse.unload()
+    assert "train" not in vars(model)
+    assert model.train().training
 
 
 def test_frozen_under_compile_has_no_rotation_in_the_graph(adapted: surgery.Compiled) -> None:

@@ -316,3 +316,21 @@ def _needed(model: nn.Module) -> list[str]:
     if hasattr(model, "text_model") and hasattr(model, "vision_model"):
         wanted |= {"input_ids", "pixel_values"}  # two towers, both of them read
     return [name for name in arguments if name in wanted]
+
+
+# ---------------------------------------------------------------------------- what stands beside
+
+_LATER = {
+    **dict.fromkeys(("AdapterCheckpoints", "AdapterTraining", "Trainer"), "trainer"),
+    **dict.fromkeys(("card", "push_to_hub"), "hub"),
+    **dict.fromkeys(("from_pretrained", "save_base", "save_pretrained"), "pretrained"),
+    "enable": "verbs",
+}
+"""What else there is for such models, and the module beside this one that has it."""
+
+
+def __getattr__(name: str) -> object:
+    """A name of the table, whose module is imported when it is asked for."""
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"surgery.integrations.{_LATER[name]}"), name)

@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 
 from surgery.errors import ArtifactError, StateError
+from surgery.integrations import transformers as ours
 from surgery.integrations.transformers import example_inputs, load_model
 
 library = cast(Any, transformers)
@@ -212,3 +213,10 @@ class Ready(nn.Linear):
 def test_ready_inputs_are_taken() -> None:
     model = Ready(2, 3)
     assert model(**example_inputs(model)).shape == (5, 3)
+
+
+def test_what_stands_beside_is_found_here() -> None:
+    for name in ("Trainer", "enable", "from_pretrained", "push_to_hub", "save_base"):
+        assert callable(getattr(ours, name))
+    with pytest.raises(AttributeError, match="nothing_such"):
+        _ = cast(Any, ours).nothing_such

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import surgery
-from surgery.mount import remembering
+from surgery.mounted import remembering
 
 untyped = cast(Any, torch)
 accelerate = pytest.importorskip("accelerate")
