@@ -61,17 +61,16 @@ def hotswap(
         return
     dtype = next((site.form.dtype for site in adapter.sites), None)
     plan, loaded = loaded_plan(Path(source), model, dtype, name)
+    found = differences({site.path: site for site in adapter.sites}, plan, str(source))
+    bank = state.switch.bank
+    banked = bank if isinstance(bank, Bank) and name in bank.numbers and found.failed else None
+    (found if banked is None else _strange(banked, plan, str(source))).stop()
     if not (force or state.is_merged):  # what is merged is not the base's
         check_base(plan.sites, loaded.base, str(source))
     tensors = {**_redrawn(model, plan, loaded), **loaded.tensors}
-    found = differences({site.path: site for site in adapter.sites}, plan, str(source))
-    bank = state.switch.bank
-    if found.failed and isinstance(bank, Bank) and name in bank.numbers:
-        found = _strange(bank, plan, str(source))
-        found.stop()
-        _replace(model, state, bank, Adapter(name, plan, loaded.seed), tensors)
+    if banked is not None:
+        _replace(model, state, banked, Adapter(name, plan, loaded.seed), tensors)
         return
-    found.stop()
     put_in(model, state, name, tensors)
     state.adapters[name] = replace(adapter, seed=loaded.seed)
 

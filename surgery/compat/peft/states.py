@@ -111,7 +111,7 @@ def set_peft_model_state_dict(
     keys = {_bare(key) if plain else key: key for key in _keys_of(index)}
     given = {keys[key]: value for key, value in peft_model_state_dict.items() if key in keys}
     report = Report()
-    for key in given.keys() & index.keys():
+    for key in sorted(given.keys() & index.keys()):
         shape, wanted = tuple(given[key].shape), index[key].file_shape(PEFT)
         if shape != wanted:
             message = f"`{key}` has shape {list(shape)}, not {list(wanted)}"
