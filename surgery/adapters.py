@@ -30,10 +30,8 @@ def delete(model: nn.Module, state: State, name: str) -> None:
             f"`{name}` is live",
             hint="activate(None), or another adapter, before it is deleted",
         )
-    _withdraw(model, state, name)
+    forget(model, state, name)
     remove(model, state, gone)
-    if state.switch.bank is not None:
-        state.switch.bank.forget(name)
 
 
 def remove(model: nn.Module, state: State, gone: Adapter) -> None:
@@ -96,6 +94,13 @@ def _holders(model: nn.Module, sites: Iterator[PlannedSite]) -> Iterator[nn.Modu
 def _check_merged(state: State, name: str) -> None:
     if state.is_merged and name in state.live.adapters:
         refuse("E402", f"`{state.live}` is merged", hint="unmerge() first")
+
+
+def forget(model: nn.Module, state: State, name: str) -> None:
+    """Let nothing run an adapter that is about to go, and its place in a bank be free."""
+    _withdraw(model, state, name)
+    if state.switch.bank is not None:
+        state.switch.bank.forget(name)
 
 
 def _withdraw(model: nn.Module, state: State, name: str) -> None:

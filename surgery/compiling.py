@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery import lower, materialize, mount
-from surgery.adapters import check_name
+from surgery.adapters import check_name, forget
 from surgery.check import Values, adapts_nothing, findings, resolve
 from surgery.distributed import refuse_new, refuse_wrapped, unwrapped
 from surgery.errors import Diagnostic, Report, SurgeryError, error_of, refuse
@@ -247,13 +247,13 @@ def _register(
 def _take_off(
     model: nn.Module, made: Plan, state: State, flags: dict[str, bool], fresh: bool
 ) -> None:
+    for name in made.adapters:
+        forget(model, state, name)
     for site in made.sites:
         remove_site(site)
     for name in made.adapters:
         mount.remove_parameters(model, name)
         state.adapters.pop(name, None)
-        if state.switch.bank is not None:
-            state.switch.bank.forget(name)
     if fresh:
         mount.give_back(model)
     mount.set_requires_grad(model, flags)

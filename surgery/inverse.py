@@ -44,7 +44,6 @@ from surgery.model import storage, ties
 from surgery.model.hooked import release
 from surgery.model.inventory import Site
 from surgery.mount import (
-    dismount,
     give_back,
     remove_parameters,
     set_requires_grad,
@@ -144,9 +143,9 @@ class Inverse:
             self.unmerge()
         if state.switch.frozen:
             thaw(self.model, state)
+        withdraw_all(self.model, state)
         for adapter in state.adapters.values():
             for site in adapter.sites:
-                dismount_site(site)
                 remove_site(site)
             remove_parameters(self.model, adapter.name)  # what its sites shared
         give_back(self.model, keep_merge)
@@ -278,12 +277,6 @@ def tensors_at(model: nn.Module, state: State, site: PlannedSite) -> Mapping[str
         return parameters_at(model, state.adapters[site.adapter].plan, site)
     every = {s.adapter: tensors_at(model, state, s) for s in site.sources}
     return {n: every[s.adapter][p.name] for n, s, p in owned_parameters(site)}
-
-
-def dismount_site(site: PlannedSite) -> None:
-    """Let a site, and the layers that share its weight, run their own forward."""
-    for module in (site.site.module, *site.site.followers):
-        dismount(module)
 
 
 def remove_site(site: PlannedSite) -> None:

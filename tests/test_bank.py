@@ -186,6 +186,27 @@ def test_what_has_no_place_runs_by_its_text(tmp_path: Path) -> None:
         refused("E445", lambda: compiled.reserve(8))
 
 
+def test_nothing_is_left_of_what_came_and_went(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 8))
+    surgery.compile("adapter a { match 0 apply lora(r=2) }", net)
+    compiled = surgery.compile("adapter b { match 1 apply lora(r=2) }", net)
+    compiled.reserve(4)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("surgery.reserving.link", fail)  # when all else has been done
+        with pytest.raises(RuntimeError, match="no"):
+            surgery.compile("adapter c { match * apply ia3() }", net)
+    assert compiled.adapters == ("a", "b")
+    refused("E411", lambda: compiled.activate("c"))
+    compiled.delete("b")
+    compiled.inverse.unload()
+    assert all(type(layer) is nn.Linear for layer in net)
+    assert not any("surgery" in name for layer in net for name in vars(layer))
+
+
 def test_a_bank_refuses_what_is_no_batch() -> None:
     net = nn.Sequential(nn.Linear(12, 20))
     compiled = surgery.compile("match * apply lora(r=2)", net)
