@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from torch import fx, nn
 
@@ -100,10 +100,14 @@ def withdraw_all(model: nn.Module, state: State) -> None:
 
 @contextmanager
 def base_alone(model: nn.Module) -> Generator[None]:
-    """Let the forward run the base, whatever is live; it is live again afterwards."""
+    """Let the forward run the base in this thread, whatever is live; it is live again afterwards.
+
+    A model that is one graph runs the base for all threads.
+    """
     state = state_of(model)
-    if state is None or not state.live:
-        yield
+    if state is None or not isinstance(model, fx.GraphModule):
+        with nullcontext() if state is None else state.switch.chosen(NONE):
+            yield
         return
     live = state.live
     make_live(model, state, Live())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple, cast
 
 from torch import nn
@@ -75,7 +75,14 @@ def set_trainable(model: nn.Module, names: Iterable[str]) -> None:
         if name not in state.adapters
     )
     report.stop()
+    require_gradients(model, state.adapters.values(), wanted)
+
+
+def require_gradients(
+    model: nn.Module, adapters: Iterable[Adapter], names: Collection[str]
+) -> None:
+    """Let what some adapters train require gradients where their names are given, else none."""
     put_apart(model)  # a flag of a parameter that is whole for a while is lost
-    for adapter in state.adapters.values():
+    for adapter in adapters:
         for one in trained(model, adapter):
-            one.value.requires_grad_(adapter.name in wanted)
+            one.value.requires_grad_(adapter.name in names)

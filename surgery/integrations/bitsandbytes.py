@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from surgery.model.holder import parameters_of
 from surgery.model.hooked import swap_class
 from surgery.model.layers import base_class
-from surgery.model.storage import address, register, requires_grad
+from surgery.model.storage import address, follow_dtype, register, requires_grad
 from surgery.model.stored import Kept, Packing, Storage
 
 _bits: Any = bitsandbytes
@@ -328,9 +328,7 @@ def _computes(module: nn.Module) -> torch.dtype | None:
 def _unpack(module: nn.Module, matrix: Tensor) -> None:
     swap_class(module, nn.Linear)
     module.register_parameter("weight", nn.Parameter(matrix.detach(), requires_grad=False))
-    bias = parameters_of(module).get("bias")
-    if bias is not None and bias.dtype != matrix.dtype:
-        register(module, "bias", bias.detach().to(matrix.dtype), bias.requires_grad)
+    follow_dtype(module, matrix.dtype)
 
 
 STORAGE = Storage(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from surgery.model.holder import parameters_of
 from surgery.model.hooked import imported
 from surgery.model.layers import packed_weight
-from surgery.model.storage import PLAIN, address, register, requires_grad
+from surgery.model.storage import PLAIN, address, follow_dtype, register, requires_grad
 from surgery.model.stored import Kept, Packing, Storage
 
 
@@ -126,9 +126,7 @@ def _computes(module: nn.Module) -> None:
 
 def _unpack(module: nn.Module, matrix: Tensor) -> None:
     register(module, "weight", matrix.detach(), requires_grad(module, "weight"))
-    bias = parameters_of(module).get("bias")
-    if bias is not None and bias.dtype != matrix.dtype:
-        register(module, "bias", bias.detach().to(matrix.dtype), bias.requires_grad)
+    follow_dtype(module, matrix.dtype)
 
 
 STORAGE = Storage(

@@ -33,6 +33,13 @@ def register(module: nn.Module, name: str, tensor: Tensor | None, flag: bool) ->
     module.register_parameter(name, parameter)
 
 
+def follow_dtype(module: nn.Module, dtype: torch.dtype) -> None:
+    """Let a layer's bias be in the dtype that its weight came to have."""
+    bias = parameters_of(module).get("bias")
+    if bias is not None and bias.dtype != dtype:
+        register(module, "bias", bias.detach().to(dtype), bias.requires_grad)
+
+
 def requires_grad(module: nn.Module, name: str) -> bool:
     """The flag of a parameter, or where it is absent of one that the module has."""
     parameter = parameters_of(module).get(name)

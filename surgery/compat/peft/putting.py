@@ -25,7 +25,7 @@ from surgery.mapping.fields import ConfigFile
 from surgery.mapping.forms import Anything, fields_of, form_of, same, shown
 from surgery.runtime import Compiled
 from surgery.state import require_state, state_of
-from surgery.trainable import trained
+from surgery.trainable import require_gradients
 
 _OTHER_BASE = "E522"
 _CONFIGS = "peft_config"
@@ -125,10 +125,8 @@ def _dtype(model: nn.Module) -> torch.dtype | None:
 
 def set_trained(model: nn.Module, names: Iterable[str], flag: bool = True) -> None:
     """Let adapters be trained, or not. Raises StateError (E401, E411)."""
-    state = require_state(model)
-    for name in names:
-        for one in trained(model, state.adapters[name]):
-            one.value.requires_grad_(flag)
+    state, some = require_state(model), tuple(names)
+    require_gradients(model, [state.adapters[name] for name in some], some if flag else ())
 
 
 # --------------------------------------------------------------------------------- together
