@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -66,13 +67,16 @@ def main() -> None:
 
 
 def put_on(model: nn.Module, count: int) -> list[float]:
-    """Adapters; the seconds that each took."""
+    """Adapters; the seconds that each took, without the collection of garbage, as timeit does."""
     took: list[float] = []
     for number in range(count):
         spec = f"adapter a{number} {{ match {SITES} apply {METHODS[number % len(METHODS)]} }}"
+        gc.collect()
+        gc.disable()
         start = time.perf_counter()
         surgery.compile(spec, model)
         took.append(time.perf_counter() - start)
+        gc.enable()
     return took
 
 
@@ -80,7 +84,9 @@ def added(layers: int, hidden: int) -> None:
     model = model_of(layers, hidden)
     base = copy.deepcopy(model)
     put_on(copy.deepcopy(model), 1)  # what Python and the library load and build once
-    took = put_on(model, 2 * len(METHODS))
+    runs = [put_on(copy.deepcopy(base), 2 * len(METHODS)) for _ in range(6)]
+    runs.append(put_on(model, 2 * len(METHODS)))
+    took = [statistics.median(times) for times in zip(*runs, strict=True)]
     handle = surgery.of(model)
     for name in handle.adapters:
         handle.activate(name)

@@ -21,6 +21,7 @@ from surgery.language.syntax import Spec
 from surgery.live import single
 from surgery.located import shared_at
 from surgery.mixture import live_sites
+from surgery.model.holder import base_parameters
 from surgery.model.hooked import adopt
 from surgery.observation import Data, Loss, Progress, Seen
 from surgery.plan import Plan, PlannedSite
@@ -149,7 +150,7 @@ def _put_on(
     _refuse_known_names(state, made)
     _refuse_merged(state)
     fresh, live = state_of(model) is None, state.live
-    base = mount.base_parameters(model)
+    base = base_parameters(model)
     flags = {name: p.requires_grad for name, p in base.items()}
     try:
         holders = [mount.add_holder(s.site.module, *s.holders) for s in made.sites]

@@ -17,10 +17,10 @@ from surgery.model.holder import (
     ADAPTERS,
     SHARED,
     Holder,
+    base_parameters,
     children_of,
     holder_of,
     link_name,
-    under_adapters,
 )
 from surgery.model.hooked import swap_class
 from surgery.model.layers import base_class
@@ -182,12 +182,6 @@ def parameter_of(module: nn.Module, holders: Sequence[str], name: str) -> nn.Par
     if at is None:
         raise KeyError(name)
     return cast("dict[str, nn.Parameter]", vars(at)["_parameters"])[name]
-
-
-def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The base's own parameters by name; tied ones under each name."""
-    named = model.named_parameters(remove_duplicate=False)
-    return {name: p for name, p in named if not under_adapters(name)}
 
 
 def set_requires_grad(model: nn.Module, flags: Mapping[str, bool]) -> None:

@@ -10,10 +10,9 @@ import torch
 from torch import nn
 
 from surgery.errors import Diagnostic, StateError
-from surgery.model.holder import Holder, every_module
+from surgery.model.holder import base_parameters, every_module
 from surgery.model.hooked import execution_device
 from surgery.model.storage import bytes_of, counted
-from surgery.mount import base_parameters
 from surgery.placement import misplaced
 from surgery.planned import PlannedSite
 from surgery.report import aligned, shown_bytes
@@ -103,7 +102,7 @@ def status(model: nn.Module) -> Status:
     """
     state = require_state(model)
     every = {name: [*owned(model, adapter)] for name, adapter in state.adapters.items()}
-    base, base_bytes = counted(m for m in every_module(model) if not isinstance(m, Holder))
+    base, base_bytes = counted(every_module(model))
     return Status(
         tuple(_adapter(state, adapter, every[adapter.name]) for adapter in state.adapters.values()),
         str(state.live) if state.live else None,

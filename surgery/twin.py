@@ -42,8 +42,6 @@ def _shared(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
     """Each tensor that lies on a module, with the one that the twin is to have for it."""
     seen: set[int] = set()
     for module in every_module(model):
-        if isinstance(module, Holder):
-            continue
         for tensor in _tensors(module):
             if id(tensor) not in seen:
                 seen.add(id(tensor))

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 import surgery
 from surgery.errors import StateError
 from surgery.merged import Undo
-from surgery.model.holder import modules_of
+from surgery.model.holder import base_parameters, modules_of
 from surgery.model.storage import address
-from surgery.mount import base_parameters, is_mounted
+from surgery.mount import is_mounted
 from surgery.twin import twin
 
 untyped = cast(Any, torch)  # for calls whose stubs are not fully typed

@@ -16,7 +16,7 @@ from surgery.digests import check_base
 from surgery.errors import Report, refuse
 from surgery.grouping import groups
 from surgery.manifest import Manifest
-from surgery.mount import base_parameters
+from surgery.model.holder import base_parameters
 from surgery.runtime import Compiled
 from surgery.state import require_state
 from surgery.store import read_json

@@ -98,18 +98,37 @@ def modules_of(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def every_module(model: nn.Module) -> Iterator[nn.Module]:
-    """The module and all below it, each once, in no order that matters.
+    """The base's modules, each once, in no order that matters.
 
-    torch's own walk passes each module up through a generator a level.
+    Holders are left out, of which ten adapters have more than the base has modules. torch's own
+    walk passes each module up through a generator a level.
     """
     seen: set[int] = set()
     stack = [model]
     while stack:
         module = stack.pop()
-        if id(module) not in seen:
-            seen.add(id(module))
-            yield module
-            stack.extend(child for child in children_of(module).values() if child is not None)
+        if id(module) in seen or isinstance(module, Holder):
+            continue
+        seen.add(id(module))
+        yield module
+        stack.extend(child for child in children_of(module).values() if child is not None)
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The base's own parameters by name, in order; tied ones under each name."""
+    found: dict[str, nn.Parameter] = {}
+    stack = [("", model)]
+    while stack:
+        prefix, module = stack.pop()
+        own = parameters_of(module).items()
+        found |= {prefix + name: p for name, p in own if p is not None}
+        children = reversed(children_of(module).items())
+        stack += [
+            (f"{prefix}{name}.", child)
+            for name, child in children
+            if child is not None and not isinstance(child, Holder)
+        ]
+    return found
 
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import refuse
-from surgery.model.holder import every_module, parameters_of
+from surgery.model.holder import every_module, modules_of, parameters_of
 from surgery.model.stacked import own_class
 from surgery.model.stored import Kept, Storage
 
@@ -83,7 +83,7 @@ def mesh_of(model: nn.Module) -> Mesh | None:
 
 
 def _every(model: nn.Module) -> Iterator[nn.Parameter]:
-    for module in every_module(model):
+    for _, module in modules_of(model):
         yield from (p for p in parameters_of(module).values() if p is not None)
 
 
