@@ -66,12 +66,17 @@ def rename(model: nn.Module, state: State, old: str, new: str) -> None:
                 mount.link_follower(follower, (new, *site.site.at.names), linked)
     _replan(state, lambda plan: renamed(plan, old, new))
     state.adapters = {
-        new if name == old else name: replace(kept, name=new) if name == old else kept
+        new if name == old else name: _called(kept, new) if name == old else kept
         for name, kept in state.adapters.items()
     }
     if state.switch.bank is not None:
         state.switch.bank.rename(old, new)
     make_live(model, state, live)
+
+
+def _called(adapter: Adapter, name: str) -> Adapter:
+    told = adapter.composition
+    return replace(adapter, name=name, composition=told and replace(told, name=name))
 
 
 def check_name(name: str) -> None:
@@ -127,7 +132,7 @@ def without(plan: Plan, name: str) -> Plan:
     rest = tuple((own, some) for own, some in plan.resolved.adapters if own != name)
     return replace(
         plan,
-        resolved=replace(plan.resolved, adapters=rest, live=None),
+        resolved=replace(plan.resolved, adapters=rest, live=None, derived=()),
         sites=tuple(site for site in plan.sites if site.adapter != name),
         shared=tuple(shared for shared in plan.shared if shared.adapter != name),
     )
@@ -140,7 +145,7 @@ def renamed(plan: Plan, old: str, new: str) -> Plan:
     adapters = tuple((new if own == old else own, some) for own, some in plan.resolved.adapters)
     return replace(
         plan,
-        resolved=replace(plan.resolved, adapters=adapters, live=None),
+        resolved=replace(plan.resolved, adapters=adapters, live=None, derived=()),
         sites=tuple(replace(s, adapter=new) if s.adapter == old else s for s in plan.sites),
         shared=tuple(replace(s, adapter=new) if s.adapter == old else s for s in plan.shared),
     )
@@ -181,6 +186,7 @@ def put_in(model: nn.Module, state: State, name: str, tensors: Mapping[str, Tens
     report.stop()
     for key, parameter in now.items():
         fill(parameter, tensors[key])
+    state.adapters[name].composition = None  # of what it was
     _freeze_again(state, name)
 
 

@@ -10,7 +10,8 @@ from functools import lru_cache
 from surgery.algebra.axes import symbol
 from surgery.algebra.compose import Unchained
 from surgery.algebra.definitions import check_arguments, check_chain
-from surgery.algebra.equations import COUNTS, ENDING, KINDS
+from surgery.algebra.equations import COUNTS, ENDING
+from surgery.algebra.kinds import KINDS, SIZES
 from surgery.algebra.mentions import names as mentioned
 from surgery.algebra.mentions import nodes
 from surgery.algebra.names import Names
@@ -19,7 +20,7 @@ from surgery.errors import Diagnostic, Report, Span, SurgeryError
 from surgery.language import syntax as ast
 from surgery.language.library import Library
 
-SITE_NAMES = ("layer", "in", "out", "channels")
+SITE_NAMES = ("layer", *sorted(SIZES))
 """The names that a site gives its arguments."""
 
 Arguments = tuple[tuple[str, object], ...]

@@ -272,7 +272,7 @@ def _load_own(directory: Path, model: nn.Module) -> Loaded:
     resolved = resolve(spec, Library.standard())
     adapter = manifest.adapter
     statements = dict(resolved.adapters).get(DEFAULT_ADAPTER, ())
-    resolved = replace(resolved, adapters=((adapter, statements),), live=None)
+    resolved = replace(resolved, adapters=((adapter, statements),), live=None, derived=())
     assignments = manifest.assignments(resolved)
     plan = plan_assignments(resolved, model, assignments, adapter)
     mapping = mapping_of(plan)

@@ -199,15 +199,17 @@ class Bank:
         """A choice as tensors [terms, batch]; `fits` is False where it is none of a bank's."""
         if isinstance(choice, Routed):
             return self._lanes(choice.samples, lives)
-        if choice not in self.known:
-            self.known[choice] = self._lanes((choice,) * self.batch, lives)
-        return self.known[choice]
+        known = self.known.get(choice)
+        if known is None:
+            known = self.known[choice] = self._lanes((choice,) * self.batch, lives)
+        return known
 
     def _lanes(self, samples: tuple[str, ...], lives: Mapping[str, Live]) -> Lanes:
         index = torch.full((self.terms, self.batch), self.adapters, dtype=torch.long)
         factor, fits = torch.ones((self.terms, self.batch)), len(samples) <= self.batch
         for text in dict.fromkeys(samples):
-            terms = self._terms(lives[text])
+            live = lives.get(text)  # none for what is gone, which runs by its text, and is refused
+            terms = None if live is None else self._terms(live)
             fits = fits and terms is not None
             rows = [row for row, sample in enumerate(samples[: self.batch]) if sample == text]
             for lane, (by, number) in enumerate(terms or ()):
@@ -252,6 +254,11 @@ class Bank:
         if number is not None:
             for stack in self.every():
                 stack.drop(adapter, number)
+
+    def let_go(self, texts: Iterable[str]) -> None:
+        """Forget choices that are no longer prepared."""
+        for text in texts:
+            self.known.pop(text, None)
 
     def rename(self, old: str, new: str) -> None:
         """Let an adapter have another name."""

@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from keyword import iskeyword
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from surgery.algebra.axes import symbol
 from surgery.algebra.definitions import check_definition
@@ -33,10 +32,14 @@ from surgery.arguments import (
 )
 from surgery.errors import Diagnostic, Report, Span, SurgeryError, refuse
 from surgery.language import syntax as ast
-from surgery.language.library import TRAINED, Library, trained
+from surgery.language.library import Library
 from surgery.language.patterns import compile_selector
-from surgery.live import NONE, Live, read_live
+from surgery.live import Live, read_live
+from surgery.naming import check_adapter_names, check_duplicates, check_uses
 from surgery.rating import rate_findings
+
+if TYPE_CHECKING:
+    from surgery.derivation import Derivation
 
 __all__ = [
     "DEFAULT_ADAPTER",
@@ -61,6 +64,8 @@ _MAX_FINDINGS = 100
 _MAX_APPLICATIONS = 64
 
 Values = Mapping[str, object]
+Adapters = tuple[tuple[str, tuple[ast.Selecting, ...]], ...]
+"""The adapters by name, each with its statements, in the order of the file."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +75,16 @@ class Resolved:
     adapters: name and statements, in the order of the file.
     names: the values of `param`s and `let`s.
     live: what `activate` says; None where nothing says it, and the first adapter is live.
+    derived: what is made of these adapters, or of the model's, each behind what it is made of.
     """
 
     spec: ast.Spec
     library: Library
     names: Names
-    adapters: tuple[tuple[str, tuple[ast.Selecting, ...]], ...]
+    adapters: Adapters
     warnings: tuple[Diagnostic, ...] = ()
     live: Live | None = None
+    derived: tuple[Derivation, ...] = ()
 
     @property
     def values(self) -> Mapping[str, object]:
@@ -90,10 +97,18 @@ def unstated(adapter: str, span: Span) -> Resolved:
     return Resolved(ast.Spec((), span=span), Library.standard(), Names({}, {}), ((adapter, ()),))
 
 
-def resolve(spec: ast.Spec, library: Library, values: Values | None = None) -> Resolved:
-    """Check a spec and give its names their values. Raises DefinitionError with all findings."""
+def resolve(
+    spec: ast.Spec,
+    library: Library,
+    values: Values | None = None,
+    present: Collection[str] | None = None,
+) -> Resolved:
+    """Check a spec and give its names their values. Raises DefinitionError with all findings.
+
+    present: the adapters of the model, of which others may be made; None where there is no model.
+    """
     report = Report()
-    resolved = _resolve(spec, library, values or {}, report)
+    resolved = _resolve(spec, library, values or {}, report, present)
     report.arrange()
     report.stop()
     return resolved
@@ -107,13 +122,19 @@ def findings(spec: ast.Spec, library: Library, values: Values | None = None) -> 
     return report.found
 
 
-def _resolve(spec: ast.Spec, library: Library, values: Values, report: Report) -> Resolved:
+def _resolve(
+    spec: ast.Spec,
+    library: Library,
+    values: Values,
+    report: Report,
+    present: Collection[str] | None = None,
+) -> Resolved:
     extended = library.extended(spec)
-    _check_uses(spec, report)
+    check_uses(spec, report)
     if report.failed:  # no name is known to mean nothing before the files are read
         return Resolved(spec, extended, Names({}, {}), ())
-    _check_adapter_names(spec, report)
-    _check_duplicates(spec, report)
+    check_adapter_names(spec, report)
+    check_duplicates(spec, report)
     lets: dict[str, ast.Let] = {}
     for let in _of_type(spec, ast.Let):
         lets.setdefault(let.name, let)  # a second of its name is an error of its own
@@ -134,9 +155,13 @@ def _resolve(spec: ast.Spec, library: Library, values: Values, report: Report) -
     here = replace(names, decide=_either)
     for expr in (e for match in matches for e in _counts(match.selection)):
         _try(report, lambda expr=expr: Scalars(here, _either)(expr))
-    if not matches:
+    made = _of_type(spec, ast.Derived)
+    if not matches and not made:
         _no_statement(spec, report)
-    return Resolved(spec, extended, names, adapters, live=_live(spec, adapters, here, report))
+    known = dict.fromkeys([*(name for name, _ in adapters), *(one.name for one in made)])
+    live = _live(spec, tuple(known), here, report)
+    derived = _derived(spec, adapters, here, present, report)
+    return Resolved(spec, extended, names, adapters, live=live, derived=derived)
 
 
 def _patterns(spec: ast.Spec) -> Iterator[ast.Regex | ast.Glob]:
@@ -254,7 +279,7 @@ def adapts_nothing(spec: ast.Spec) -> Diagnostic:
     return Diagnostic("E116", "the spec adapts nothing", spec.span, hint=hint)
 
 
-def _adapters(spec: ast.Spec) -> tuple[tuple[str, tuple[ast.Selecting, ...]], ...]:
+def _adapters(spec: ast.Spec) -> Adapters:
     found: dict[str, list[ast.Selecting]] = {}
     for statement in spec.statements:
         match statement:
@@ -269,7 +294,7 @@ def _adapters(spec: ast.Spec) -> tuple[tuple[str, tuple[ast.Selecting, ...]], ..
 
 def _live(
     spec: ast.Spec,
-    adapters: tuple[tuple[str, tuple[ast.Selecting, ...]], ...],
+    known: tuple[str, ...],
     names: Names,
     report: Report,
 ) -> Live | None:
@@ -286,7 +311,6 @@ def _live(
             hint="write one sum of adapters, such as `activate 0.7*a + 0.3*b`",
             related=(("it is said here already", first.span),),
         )
-    known = [name for name, _ in adapters]
     return _try(report, lambda: read_live(first.expression, known, names))
 
 
@@ -294,63 +318,22 @@ def _of_type(spec: ast.Spec, cls: type[T]) -> list[T]:
     return [s for s in spec.statements if isinstance(s, cls)]
 
 
-def _check_uses(spec: ast.Spec, report: Report) -> None:
-    """E130 for each `use` that is left: a spec that was loaded from a file has none."""
-    for use in _of_type(spec, ast.Use):
-        report.error(
-            "E130",
-            f'`use "{use.path}"` stands in a text, and there is no file beside a text',
-            use.span,
-            hint="write the spec to a file, and give its path",
-        )
+def _derived(
+    spec: ast.Spec,
+    adapters: Adapters,
+    names: Names,
+    present: Collection[str] | None,
+    report: Report,
+) -> tuple[Derivation, ...]:
+    """What is made of other adapters."""
+    statements = _of_type(spec, ast.Derived)
+    if not statements:
+        return ()
+    from surgery.derivation import Known, derivations  # few specs have any
 
-
-def _check_adapter_names(spec: ast.Spec, report: Report) -> None:
-    for adapter in _of_type(spec, ast.Adapter):
-        if adapter.name == NONE:
-            message = f"`{NONE}` means that no adapter is live"
-        elif iskeyword(adapter.name):
-            message = f"`{adapter.name}` is a word of Python, which a site's code is"
-        else:
-            continue
-        report.error("E106", message, adapter.span, hint="use another name")
-
-
-def _check_duplicates(spec: ast.Spec, report: Report) -> None:
-    seen: dict[tuple[str, str], Span] = {}
-    for statement in spec.statements:
-        match statement:
-            case ast.Param() | ast.Let():
-                key = ("name", statement.name)
-            case ast.Method():
-                key = ("method", statement.name)
-                _check_own_name(statement, report)
-            case _:
-                continue
-        if key in seen:
-            report.error(
-                "E107",
-                f"{key[0]} `{statement.name}` is defined twice",
-                statement.span,
-                hint="use another name",
-                related=(("first here", seen[key]),),
-            )
-        seen[key] = statement.span
-        if key[0] == "name" and statement.name in SITE_NAMES:
-            report.error(
-                "E106",
-                f"`{statement.name}` is the site's own name",
-                statement.span,
-                hint="use another name",
-            )
-
-
-def _check_own_name(method: ast.Method, report: Report) -> None:
-    """E106 for a method with the name of what `train` and `save` mean, unless it is that."""
-    if method.name == TRAINED and method != trained():
-        message = f"`{method.name}` is what `train` and `save` put on a parameter"
-        place = method.span.within(0, len("method"))
-        report.error("E106", message, place, hint="use another name")
+    defined = {name: some[0].span for name, some in adapters if some}
+    defined |= {one.name: one.span for one in reversed(_of_type(spec, ast.Adapter))}
+    return derivations(statements, Known(defined, names, present), report)
 
 
 # -------------------------------------------------------------------------------- params

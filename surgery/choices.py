@@ -24,8 +24,8 @@ def using(model: nn.Module, state: State, expression: str | None) -> Generator[N
     """Let something be live in this thread; see `Compiled.using`."""
     _check_state(model, state)
     live = live_of(expression, state)
-    prepare(model, state, live)
-    with state.switch.chosen(str(live)):
+    uses = (prepare(model, state, live),)
+    with state.switch.chosen(str(live), uses):
         yield
 
 
@@ -42,11 +42,10 @@ def route(model: nn.Module, state: State, samples: Sequence[str | None]) -> Gene
         for site in live_sites(live, state.plans):
             _check_site(site, report)
     report.stop()
-    for live in every.values():
-        prepare(model, state, live)
+    uses = tuple(prepare(model, state, live) for live in every.values())
     routed = Routed(tuple(map(str, lives)))
     _follow_generation(model, state.switch)
-    with state.switch.chosen(routed):
+    with state.switch.chosen(routed, uses):
         yield
 
 

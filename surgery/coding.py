@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -39,4 +40,6 @@ def _compiled(source: str, names: Mapping[str, Any]) -> Callable[..., Tensor]:
     # The source is written by torch.fx from a graph that was built here from an equation; no text
     # of a spec or an artifact is part of it.
     exec(compile(source, filename, "exec"), scope)
-    return cast(Callable[..., Tensor], scope["forward"])
+    made = cast(Callable[..., Tensor], scope["forward"])
+    weakref.finalize(made, linecache.cache.pop, filename, None).atexit = False
+    return made

@@ -10,16 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from surgery.recipe import Sign
+
 _linalg: Any = torch.linalg  # its functions carry no types
-
-Sign = Literal["total", "frequency"]
-"""How a sign is elected for each element: by the sum of all, or by how many have it."""
-
 
 # ------------------------------------------------------------------------------------- pruning
 
@@ -92,43 +90,14 @@ def _by_sign(tensors: Sequence[Tensor], numbers: Sequence[float], how: Pruning) 
     return (scaled * agrees).sum(0) / agrees.sum(0).clamp(min=1.0)
 
 
-# ------------------------------------------------------------------------------------- the ways
-
-
-@dataclass(frozen=True, slots=True)
-class Way:
-    """How adapters become one.
-
-    of: what is combined: their `parameters`, their `changes` of W, or the `factors` of these.
-    prunes: whether it takes a density; elects: whether it elects signs; draws: by chance.
-    """
-
-    name: str
-    of: Literal["parameters", "changes", "factors"]
-    combine: Combine
-    prunes: bool = False
-    elects: bool = False
-    draws: bool = False
-
-
-_PRUNING: tuple[tuple[str, Combine, bool, bool], ...] = (
-    ("ties", elected, True, False),
-    ("dare_linear", dropped, False, True),
-    ("dare_ties", dropped_elected, True, True),
-    ("magnitude_prune", largest, False, False),
-)
-
-WAYS: Mapping[str, Way] = {
-    way.name: way
-    for way in (
-        Way("cat", "factors", summed),
-        Way("svd", "changes", summed),
-        Way("linear", "parameters", summed),
-        *(Way(n, "parameters", c, True, elects, draws) for n, c, elects, draws in _PRUNING),
-        *(Way(f"{n}_svd", "changes", c, True, elects, draws) for n, c, elects, draws in _PRUNING),
-    )
+COMBINES: Mapping[str, Combine] = {
+    "": summed,
+    "ties": elected,
+    "dare_linear": dropped,
+    "dare_ties": dropped_elected,
+    "magnitude_prune": largest,
 }
-"""By the names that peft has for them."""
+"""By what is done before tensors are added up, as `recipe.WAYS` has it."""
 
 
 # ---------------------------------------------------------------------------- changes of a matrix

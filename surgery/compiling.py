@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from surgery import lower, materialize, mount
-from surgery.adapters import check_name, forget
+from surgery import lower
 from surgery.check import Values, adapts_nothing, findings, resolve
 from surgery.distributed import refuse_new, refuse_wrapped, unwrapped
-from surgery.errors import Diagnostic, Report, SurgeryError, error_of, refuse
-from surgery.inverse import remove_site
+from surgery.errors import Diagnostic, SurgeryError, error_of
 from surgery.language.library import Library
 from surgery.language.parse import parse
 from surgery.language.syntax import Spec
-from surgery.live import single
-from surgery.located import shared_at
 from surgery.mixture import live_sites
-from surgery.model.holder import base_parameters
 from surgery.model.hooked import adopt
-from surgery.observation import Data, Loss, Progress, Seen
-from surgery.plan import Plan, PlannedSite
+from surgery.observation import Data, Loss, Progress
+from surgery.plan import Plan
 from surgery.plan import plan as make_plan
-from surgery.recomputing import follow
+from surgery.putting import put_on, refuse_merged
 from surgery.redistribution import looked_at
-from surgery.reserving import admit_new
 from surgery.runtime import Compiled
-from surgery.state import Adapter, State, forget_state, keep_state, require_state, state_of
-from surgery.switching import make_live
-from surgery.tensors import add_banks
+from surgery.state import require_state, state_of
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -44,8 +36,6 @@ if TYPE_CHECKING:
 # Names and files are a fifth of all code, and are imported when they are first asked for.
 
 SpecLike = Spec | str | Path
-
-_NOTHING_SEEN: Seen = {}
 
 
 def read_spec(spec: SpecLike) -> Spec:
@@ -82,14 +72,22 @@ def plan(
 
     values: of the spec's `param`s. dtype: of the adapters' parameters; by default float32 on a
     base of 16 bits or less, else the base's own. mode: as for `compile`. Raises SurgeryError with
-    all that does not fit.
+    all that does not fit. What is made of other adapters is planned by name: how large it becomes
+    is known when it is made.
     """
     target = target_of(model, mode)
-    made = make_plan(resolve(read_spec(spec), Library.standard(), values), target, dtype)
+    state = state_of(target)
+    present = () if state is None else tuple(state.adapters)
+    resolved = resolve(read_spec(spec), Library.standard(), values, present)
+    made = make_plan(resolved, target, dtype)
     lower.check(made)
-    if made.resolved.live is not None:
+    if resolved.live is not None:
         plans = dict.fromkeys(made.adapters, made)
-        lower.check_sites(live_sites(made.resolved.live, plans), plans)
+        lower.check_sites(live_sites(resolved.live.within(plans), plans), plans)
+    if resolved.derived:
+        from surgery.deriving import check
+
+        check(made, target)
     return made
 
 
@@ -119,13 +117,22 @@ def compile_model(
     target = target_of(model, mode, inplace)
     refuse_wrapped(target)
     made = plan(spec, target, values=values, dtype=dtype)
-    if not made.adapters:
+    if not made.adapters and not made.resolved.derived:
         raise error_of([adapts_nothing(made.resolved.spec)])
-    _refuse_merged(state_of(target))
+    refuse_merged(state_of(target))
     refuse_new(target, made)
     told = None if data is None else Data(data, loss, progress)
     made, seen = looked_at(made, target, told, seed, dtype)
-    return _twin_or_not(_put_on(target, made, seed, {}, seen), model)
+    put_on(target, made, seed, {}, seen, lambda: _derive(target, made))
+    return _twin_or_not(Compiled(target), model)
+
+
+def _derive(model: nn.Module, made: Plan) -> None:
+    """Put on what a plan says is made of adapters that are there by now."""
+    if made.resolved.derived:
+        from surgery.deriving import derive
+
+        derive(model, made.resolved.derived)
 
 
 def target_of(model: Model, mode: Form | None, inplace: bool = True) -> nn.Module:
@@ -138,128 +145,11 @@ def target_of(model: Model, mode: Form | None, inplace: bool = True) -> nn.Modul
     return programs.target_of(model, mode, inplace)
 
 
-def _put_on(
-    model: nn.Module,
-    made: Plan,
-    seed: int,
-    given: Mapping[str, Tensor],
-    seen: Seen = _NOTHING_SEEN,
-) -> Compiled:
-    """Make the holders and all tensors, then mount; undo everything if anything fails."""
-    state = state_of(model) or State()
-    _refuse_known_names(state, made)
-    _refuse_merged(state)
-    fresh, live = state_of(model) is None, state.live
-    base = base_parameters(model)
-    flags = {name: p.requires_grad for name, p in base.items()}
-    try:
-        holders = [mount.add_holder(s.site.module, *s.holders) for s in made.sites]
-        adopt(model)  # a hook may now tell where the sites run, and so where tensors belong
-        banks = add_banks(model, made, seed, given)
-        tensors = [
-            materialize.site_tensors(
-                s,
-                seed,
-                {**materialize.given_at(s, given), **shared_at(model, made, s)},
-                seen.get((s.adapter, s.path), {}),
-            )
-            for s in made.sites
-        ]
-        for site, holder, values in zip(made.sites, holders, tensors, strict=True):
-            _fill(holder, site, values, banks)
-        for parameter in base.values():
-            parameter.requires_grad_(False)
-        _register(model, state, made, seed, flags if fresh else state.flags)
-    except BaseException:
-        if state.live != live:
-            make_live(model, state, live)
-        _take_off(model, made, state, flags, fresh)
-        raise
-    return Compiled(model)
-
-
-def put_on(model: nn.Module, made: Plan, seed: int, tensors: Mapping[str, Tensor]) -> Compiled:
-    """Put a plan's adapters on a model with tensors that are known already.
-
-    tensors: all that the plan has, by their names in the model. Raises as `attach` does for a plan
-    that does not fit this model, which is left as it was.
-    """
-    _refuse_merged(state_of(model))
-    lower.check(made)
-    refuse_new(model, made)
-    return _put_on(model, made, seed, tensors)
-
-
 def _twin_or_not(compiled: Compiled, model: Model) -> Compiled:
     """The handle; its model shares tensors with one that was given, if it is another."""
     state = require_state(compiled.model)
     state.shares = state.shares or compiled.model is not model
     return compiled
-
-
-def _refuse_merged(state: State | None) -> None:
-    if state is not None and state.is_merged:
-        refuse("E402", f"`{state.live}` is merged", hint="unmerge() before adding adapters")
-
-
-def _refuse_known_names(state: State, made: Plan) -> None:
-    report = Report()
-    for name in made.adapters:
-        check_name(name)
-        if name in state.adapters:
-            report.error(
-                "E412",
-                f"the model has an adapter `{name}` already",
-                hint=f"name the new one: `adapter {name}_2 {{ … }}`, or unload() first",
-            )
-    report.stop()
-
-
-def _fill(
-    holder: mount.Holder,
-    site: PlannedSite,
-    values: Mapping[str, Tensor],
-    banks: Mapping[str, mount.Holder],
-) -> None:
-    trained = frozenset(p.name for p in site.form.parameters if p.trained)
-    mount.add_parameters(holder, mount.Tensors(values, trained))
-    if site.adapter in banks and any(p.shared for p in site.form.parameters):
-        mount.link_shared(holder, banks[site.adapter])
-    for follower in site.site.followers:
-        mount.link_follower(follower, site.holders, holder)
-
-
-def _register(
-    model: nn.Module, state: State, made: Plan, seed: int, flags: dict[str, bool]
-) -> None:
-    live = made.resolved.live
-    if live is None and not state.live and not state.adapters and made.adapters:
-        live = single(made.adapters[0])
-    for name in made.adapters:
-        state.adapters[name] = Adapter(name, made, seed)
-    state.flags = flags
-    keep_state(model, state)
-    follow(model)  # what is computed again in a backward pass repeats its choice
-    admit_new(model, state, made.adapters)
-    if live is not None:
-        Compiled(model).activate(str(live))
-
-
-def _take_off(
-    model: nn.Module, made: Plan, state: State, flags: dict[str, bool], fresh: bool
-) -> None:
-    for name in made.adapters:
-        forget(model, state, name)
-    for site in made.sites:
-        remove_site(site)
-    for name in made.adapters:
-        mount.remove_parameters(model, name)
-        state.adapters.pop(name, None)
-    if fresh:
-        mount.give_back(model)
-    mount.set_requires_grad(model, flags)
-    if fresh:
-        forget_state(model)
 
 
 # ------------------------------------------------------------------------------------ attach
@@ -288,13 +178,14 @@ def attach(
 
     target = target_of(model, mode, inplace)
     refuse_wrapped(target)
-    _refuse_merged(state_of(target))
+    refuse_merged(state_of(target))
     made, loaded = loaded_plan(Path(directory), target, dtype, name)
     lower.check(made)
     refuse_new(target, made)
     if not force:
         check_base(made.sites, loaded.base, str(directory))
-    return _twin_or_not(_put_on(target, made, loaded.seed, loaded.tensors), model)
+    put_on(target, made, loaded.seed, loaded.tensors)
+    return _twin_or_not(Compiled(target), model)
 
 
 def of(model: nn.Module) -> Compiled:

@@ -3,63 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import get_args
 
 from surgery import low_rank
-from surgery.algebra.scalars import did_you_mean
-from surgery.combining import WAYS, Sign
 from surgery.composed import NO_WEIGHTS, Asked, Place, Term, base_copy, left_of_base, obstacle
 from surgery.conversion import first_target, target_of
-from surgery.errors import Report, refuse
+from surgery.errors import Report
+from surgery.recipe import WAYS, How, unfit
 
 
-@dataclass(frozen=True, slots=True)
-class How:
-    """How adapters become one.
-
-    how: `cat` lays the factors of what is added to W side by side, which is exact; `svd` takes the
-        nearest product of a rank; `linear` adds up the parameters, which is another adapter than
-        the sum; `ties`, `dare_linear`, `dare_ties` and `magnitude_prune` prune the parameters
-        before, and with `_svd` behind the name the changes of W.
-    rank: of a product that is cut off; by default the largest of an adapter's own there.
-    to: a method that adds a product of two trained factors to W; by default the adapters' own, if
-        it is one.
-    density: the share of elements that pruning leaves. sign: how a sign is elected, `total` or
-        `frequency`. seed: of what dare draws.
-    """
-
-    how: str = "cat"
-    rank: int | None = None
-    to: str | None = None
-    density: float | None = None
-    sign: Sign = "total"
-    seed: int = 0
+def check_options(options: How) -> None:
+    """E582 for all that is no option, or does not go with the way."""
+    report = Report()
+    for _, message, hint in unfit(options):
+        report.error("E582", message, hint=hint)
+    report.stop()
 
 
 def asked_of(options: How, every: tuple[Place, ...]) -> Asked:
     """What is asked for. Raises ArtifactError: E582 for what is no option, E523 for a method."""
-    report = Report()
-    way = WAYS.get(options.how)
-    if way is None:
-        near = did_you_mean(options.how, WAYS)
-        hint = f"{near or 'there are:'} {', '.join(WAYS)}"
-        refuse("E582", f"there is no way `{options.how}` to compose adapters", hint=hint)
-    if options.rank is not None and (options.rank < 1 or way.of != "changes"):
-        cut = ", ".join(w.name for w in WAYS.values() if w.of == "changes")
-        message = f"there is no product of rank {options.rank} in `{way.name}`"
-        report.error("E582", message, hint=f"a rank of 1 or more goes with {cut}")
-    if way.prunes and not (options.density is not None and 0 < options.density <= 1):
-        message = f"`{way.name}` leaves a share of the elements, and density is {options.density}"
-        report.error("E582", message, hint="give a density above 0 and at most 1, such as 0.5")
-    if not way.prunes and options.density is not None:
-        pruning = ", ".join(w.name for w in WAYS.values() if w.prunes)
-        message = f"`{way.name}` prunes nothing, and has no density"
-        report.error("E582", message, hint=f"a density goes with {pruning}")
-    if options.sign not in get_args(Sign):
-        hint = f"there are: {', '.join(get_args(Sign))}"
-        report.error("E582", f"no sign is elected by `{options.sign}`", hint=hint)
-    report.stop()
+    check_options(options)
+    way = WAYS[options.how]
     aim = target_of(options.to) if options.to else _own_target(every) or target_of(first_target())
     density = 1.0 if options.density is None else options.density
     return Asked(way, options.rank, aim, density, options.sign, options.seed)

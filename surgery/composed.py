@@ -21,7 +21,7 @@ from surgery.algebra.expr import BIAS, WEIGHT, zeros
 from surgery.algebra.sums import difference
 from surgery.arguments import Arguments, Link
 from surgery.artifact import Loaded
-from surgery.combining import Change, Pruning, Sign, Way, summed, together
+from surgery.combining import COMBINES, Change, Pruning, together
 from surgery.conversion import tensors_at
 from surgery.errors import Report
 from surgery.live import Live
@@ -30,6 +30,7 @@ from surgery.model.holder import shared_name
 from surgery.model.hooked import execution_device
 from surgery.plan import Assignment
 from surgery.planned import Plan, PlannedSite, SiteClass
+from surgery.recipe import Sign, Way
 from surgery.report import shown
 
 
@@ -164,11 +165,12 @@ class Asked:
         def drawn(index: int) -> torch.Generator:
             return stream(self.seed, "compose", *at, index)
 
-        return self.way.combine(tensors, numbers, Pruning(self.density, self.sign, drawn))
+        combine = COMBINES[self.way.pruning]
+        return combine(tensors, numbers, Pruning(self.density, self.sign, drawn))
 
     def summed(self) -> bool:
         """Whether what is asked for is the very sum."""
-        return self.way.combine is summed
+        return not self.way.prunes
 
 
 BankKey = tuple[str, Arguments, str]

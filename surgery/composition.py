@@ -56,6 +56,11 @@ class Composition:
         apart = sum((error * length) ** 2 for error, length in known)
         return (apart / whole) ** 0.5 if whole else 0.0
 
+    @property
+    def summary(self) -> str:
+        """In a line what it is made of, how, and how near that is."""
+        return f"{self.name} = {self.expression}, {self.how}: {_told(self)}"
+
     def __str__(self) -> str:
         """A row a site, what holds of all, the files."""
         return "\n".join(_lines(self))
@@ -84,7 +89,7 @@ def _lines(made: Composition) -> Iterator[str]:
     rows = [[s.path or _ROOT, _number(s.rank), _share(s.error), _share(s.cut)] for s in made.sites]
     yield from aligned([["site", "rank", "off the sum", "cut off"], *rows])
     yield ""
-    yield f"{made.name} = {made.expression}, {made.how}: {_told(made)}"
+    yield made.summary
     yield from (f"{path}: nothing is added, and it is left out" for path in made.unchanged)
     yield from made.notes
     if made.saved is not None:

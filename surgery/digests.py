@@ -77,7 +77,7 @@ def base_digests(model: nn.Module, sites: Iterable[PlannedSite]) -> dict[str, Di
 
     A site is left out where that weight is not there to be read: on meta, or after a merge that
     did not keep it; where it is quantised; and where W' is not made of W, as of a head that is
-    drawn anew at each load.
+    drawn anew at each load, or of a site that is no weight.
     """
     state = require_state(model)
     merged: dict[tuple[int, str], list[MergedSite]] = {}
@@ -95,6 +95,8 @@ def base_digests(model: nn.Module, sites: Iterable[PlannedSite]) -> dict[str, Di
 
 def _reads_base(site: PlannedSite) -> bool:
     still = site.form.derived.still
+    if site.site.at.kind:  # which is in no weight
+        return False
     return not site.form.kind.packed and (still is None or depends_on(still.weight, WEIGHT))
 
 

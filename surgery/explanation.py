@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from surgery.algebra.derive import Derived
 from surgery.algebra.expr import render
+from surgery.algebra.kinds import beyond
 from surgery.algebra.scalars import did_you_mean
 from surgery.compiling import SpecLike, compile_model, plan, read_spec
 from surgery.errors import PlanError, Source, Span, SurgeryError, refuse
@@ -253,7 +254,7 @@ def _explained(compiled: Compiled, spec: ast.Spec) -> Explanation:
     form, derived = site.form, site.form.derived
     source = form.method.span.source
     asked = _asked(form)
-    graph = compiled.graphs[SITE]
+    graph = compiled.graphs[site.path]
     work = form.work
     return Explanation(
         method=form.method.name,
@@ -284,6 +285,13 @@ def _asked(form: SiteClass) -> tuple[int, int]:
     """The sizes as the layer was made of them."""
     patches = form.kind.input == "patches"
     return form.sizes.channels if patches else form.sizes.fan_in, form.sizes.fan_out
+
+
+def _sizes(told: Explanation) -> str:
+    """What it was tried at, as a page has it."""
+    if beyond(told.kind):
+        return f"hidden={told.fan_out:,}"
+    return f"in={told.fan_in:,} out={told.fan_out:,}{_kernel(told)}"
 
 
 def _comment_before(span: Span) -> str:
@@ -340,7 +348,7 @@ def _page(told: Explanation) -> Iterator[str]:
     yield from _indented(told.definition)
     given = ", ".join(f"{n}={shown(v)}" for n, v in told.arguments.items())
     yield ""
-    yield f"on {told.kind}, in={told.fan_in:,} out={told.fan_out:,}{_kernel(told)}: {given}"
+    yield f"on {told.kind}, {_sizes(told)}: {given}"
     yield ""
     yield from (f"  {name} = {expr}" for name, expr in told.derived.items())
     yield ""

@@ -33,7 +33,7 @@ class Halves:
     rest: Callable[..., Any]
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def halves(whole: SiteGraph) -> Halves | None:
     """A graph cut in two; None where nothing but parameters as they are would be in the first."""
     fixed = _fixed(whole.graph)

@@ -20,22 +20,24 @@ def freeze(model: nn.Module, state: State) -> None:
     if any(module.training for module, _ in _mounted(model)):
         refuse("E441", "the model is in training mode", hint="eval() it before it is frozen")
     refuse_sharded(model, state, "frozen")
-    try:
-        for module, runs in _mounted(model):
-            runs.freeze(module)
-    except BaseException:
-        thaw(model, state)
-        raise
-    state.switch.frozen = True
+    with state.switch.changing:  # what another thread prepares meanwhile is frozen as it comes
+        try:
+            for module, runs in _mounted(model):
+                runs.freeze(module)
+        except BaseException:
+            thaw(model, state)
+            raise
+        state.switch.frozen = True
     vars(model)["train"] = _Train(model)
 
 
 def thaw(model: nn.Module, state: State) -> None:
     """Undo `freeze`."""
-    state.switch.frozen = False
+    with state.switch.changing:
+        state.switch.frozen = False
+        for _, runs in _mounted(model):
+            runs.thaw()
     vars(model).pop("train", None)
-    for _, runs in _mounted(model):
-        runs.thaw()
 
 
 @contextmanager

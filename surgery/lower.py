@@ -18,6 +18,7 @@ from surgery import values
 from surgery.algebra.expr import BIAS, WEIGHT, depends_on
 from surgery.algebra.interpret import Unlowerable
 from surgery.algebra.rules import is_zero
+from surgery.calling import lower_call
 from surgery.coding import SiteGraph, code_of
 from surgery.errors import Report
 from surgery.mixture import MixedSite, Plans, owned_parameters
@@ -28,7 +29,7 @@ from surgery.plan import Plan, PlannedSite
 from surgery.planned import SharedKey
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def lower(keys: Lowerings) -> SiteGraph:
     """The graph of a class of modules. Raises `Unlowerable` where an equation cannot run there.
 
@@ -37,7 +38,7 @@ def lower(keys: Lowerings) -> SiteGraph:
     return code_of(_build(keys))
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def lower_values(keys: Lowerings) -> Mapping[str, SiteGraph]:
     """For sites that are reached by their value: the graph of each parameter that changes.
 
@@ -68,7 +69,14 @@ def graphs(keys: Lowerings) -> Mapping[str, SiteGraph]:
     """All graphs of a module: `forward`, and those of its parameters."""
     called, computed = by_mode(keys)
     forward = {"forward": lower(called)} if called else {}
-    return {**forward, **lower_values(computed)}
+    whole = around(keys)
+    found = {**forward, **lower_values(computed)}
+    return found if whole is None else {**found, **lower_call(whole)}
+
+
+def around(keys: Lowerings) -> Lowering | None:
+    """The site that is the module's call, whatever that is of; there is one at most."""
+    return next((key for key in keys if key.form.mode == "around"), None)
 
 
 def by_mode(keys: Lowerings) -> tuple[Lowerings, Lowerings]:

@@ -15,7 +15,7 @@ from typing import NoReturn, TypeVar, cast, get_args
 import torch
 
 from surgery import language
-from surgery.algebra.equations import KINDS
+from surgery.algebra.kinds import KINDS, beyond
 from surgery.algebra.scalars import did_you_mean
 from surgery.arguments import Arguments, Link
 from surgery.check import Resolved, typed
@@ -117,7 +117,7 @@ def _site(site: PlannedSite, base: Digest | None) -> dict[str, object]:
 
 def _slice(at: ParameterSlice) -> dict[str, object]:
     """Which part of a module a site is; nothing for all of its weight."""
-    stated = asdict(at)
+    stated = {} if at.kind else asdict(at)  # a site's kind is told of each
     return {name: value for name, value in stated.items() if value != _WHOLE[name]}
 
 
@@ -280,6 +280,9 @@ class Manifest:
         return cast("ast.Tie | None", stated)
 
     def _slice(self, entry: Mapping[str, object]) -> ParameterSlice:
+        kind = entry.get("kind")
+        if isinstance(kind, str) and beyond(kind):
+            return ParameterSlice("", bias="", kind=kind)
         names = ("parameter", "bias", "index", "tensor")
         stated = {n: entry.get(n, _WHOLE[n]) for n in names}
         parameter, bias, index, tensor = stated.values()

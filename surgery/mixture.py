@@ -205,7 +205,7 @@ class _Mixer:
             links=(),
             derived=mixed(terms, forms[0].has_bias),
             dtype=dtype,
-            mode="value" if any(form.mode == "value" for form in forms) else "call",
+            mode="value" if any(form.mode == "value" for form in forms) else forms[0].mode,
         )
 
 

@@ -37,7 +37,7 @@ def mount(module: nn.Module, keys: Lowerings, live: str, switch: Switch, path: s
     runs = runs_of(module) or Runs(switch, base, path)
     runs.add(live, keys)
     if switch.frozen:
-        runs.freeze(module)
+        runs.freeze(module, (live,))
     runs.bank = None if switch.bank is None else switch.bank.at(module)
     vars(module)[RUNS] = runs
     cls = restacked(type(module), mounted_class(base, runs.form))
@@ -74,12 +74,19 @@ def run_base(model: nn.Module) -> None:
 
 def forget(module: nn.Module, live: str) -> None:
     """Undo `mount` of what runs while something is live."""
-    runs = runs_of(module)
+    runs = drop(module, live)
     if runs is None:
         return
-    runs.drop(live)
     if not runs.keys and runs.bank is None:  # of which a compiled graph may know the class
         dismount(module)
+
+
+def drop(module: nn.Module, live: str) -> Runs | None:
+    """The same with the module's class as it is, also where it has nothing to run any more."""
+    runs = runs_of(module)
+    if runs is not None:
+        runs.drop(live)
+    return runs
 
 
 def dismount(module: nn.Module) -> None:

@@ -6,9 +6,9 @@ module. Parameters that are graphs, which the base's own forward reads, are look
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import reduce, wraps
+from functools import wraps
 from threading import local
 from typing import Any, NoReturn, cast
 from weakref import WeakKeyDictionary
@@ -16,10 +16,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from surgery.calling import Around, changed
+from surgery.calling import around as put_around
 from surgery.coding import SiteGraph
 from surgery.errors import refuse
 from surgery.folding import folded
-from surgery.lower import Lowerings, by_mode, lower, lower_values
+from surgery.lower import Lowerings, around, by_mode, lower, lower_values
 from surgery.model.holder import parameters_of
 from surgery.model.hooked import storage_of_kind
 from surgery.model.layers import LayerKind
@@ -71,36 +73,53 @@ def form_of(keys: Lowerings) -> Form:
 class Runs:
     """What a module runs: for each text of what is live, its forward and its parameters.
 
-    keys: what these are looked up by, and made of again in copies and pickles.
+    keys: what these are looked up by, and made of again in copies and pickles. form: what a class
+    needs to run all of it, and all that was dropped since: what comes and goes changes no class.
     """
 
-    __slots__ = ("bank", "base", "forwards", "keys", "path", "switch", "values")
+    __slots__ = ("around", "bank", "base", "form", "forwards", "keys", "path", "switch", "values")
 
     def __init__(self, switch: Switch, base: type[nn.Module], path: str) -> None:
         """Nothing yet, at a module of a class."""
         self.switch, self.base, self.path = switch, base, path
         self.bank: Any = None  # of the module, where one is declared
+        self.form = Form()
         self.keys: dict[str, Lowerings] = {}
         self.forwards: dict[str, Forward] = {}
         self.values: dict[str, dict[str, Callable[[nn.Module], Tensor]]] = {}
+        self.around: dict[str, Around] = {}
 
     def add(self, live: str, keys: Lowerings) -> None:
         """What runs while something is live."""
+        self.widen(form_of(keys))
         self.keys[live] = keys
         self._run(live, lambda graph: graph.run)
+
+    def widen(self, form: Form) -> None:
+        """Let a class have some more."""
+        self.form |= form
+        for name in form.computed:
+            self.values.setdefault(name, {})
 
     def _run(self, live: str, code: Callable[[SiteGraph], Callable[..., Any]]) -> None:
         """Let code of a module's graphs run while something is live."""
         called, computed = by_mode(self.keys[live])
         base: Forward = cast(Any, self.base.forward)
-        self.forwards[live] = code(lower(called)) if called else remembering(base)
+        if called or computed:
+            self.forwards[live] = code(lower(called)) if called else remembering(base)
         for name, graph in lower_values(computed).items():
             value = remembered(name, _guarded(name, code(graph)))
-            self.values.setdefault(name, {})[live] = value
+            self.values[name][live] = value
+        whole = around(self.keys[live])
+        if whole is not None:
+            self.around[live] = put_around(whole, code)
 
-    def freeze(self, module: nn.Module) -> None:
-        """Compute what depends on parameters alone, as they are now, once for all calls."""
-        for live in self.keys:
+    def freeze(self, module: nn.Module, lives: Iterable[str] | None = None) -> None:
+        """Compute what depends on parameters alone, as they are now, once for all calls.
+
+        lives: while what is live; None for all.
+        """
+        for live in self.keys if lives is None else lives:
             self._run(live, lambda graph: folded(graph, module, refuse_gradients))
 
     def thaw(self) -> None:
@@ -110,21 +129,19 @@ class Runs:
 
     def drop(self, live: str) -> None:
         """Forget what runs while something is live."""
-        for known in (self.keys, self.forwards, *self.values.values()):
+        for known in (self.keys, self.forwards, self.around, *self.values.values()):
             known.pop(live, None)
-
-    @property
-    def form(self) -> Form:
-        """What a class needs to run all of it."""
-        return reduce(Form.__or__, map(form_of, self.keys.values()), Form())
 
     def __reduce__(self) -> tuple[Callable[..., Runs], tuple[object, ...]]:
         """As what it is made of."""
-        return _runs, (self.switch, self.base, self.path, self.keys)
+        return _runs, (self.switch, self.base, self.path, dict(self.keys), self.form)
 
 
-def _runs(switch: Switch, base: type[nn.Module], path: str, keys: dict[str, Lowerings]) -> Runs:
+def _runs(
+    switch: Switch, base: type[nn.Module], path: str, keys: dict[str, Lowerings], form: Form
+) -> Runs:
     made = Runs(switch, base, path)
+    made.widen(form)
     for live, own in keys.items():
         made.add(live, own)
     return made
@@ -170,9 +187,22 @@ def _make_class(base: type[nn.Module], form: Form) -> type[nn.Module]:
 
 
 def _forward(base: Forward) -> Forward:
-    """The forward that looks up what is live."""
+    """The forward that looks up what is live, and what is around the call."""
+    call = _call(base)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        runs = self._surgery_runs
+        if not runs.around:
+            return call(self, *args, **kwargs)
+        return changed(self, runs.path, runs.around, runs.switch.choice, call, args, kwargs)
+
+    return wraps(base)(forward)
+
+
+def _call(base: Forward) -> Forward:
+    """The call itself, by what is live."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         runs = self._surgery_runs
         if runs.bank is not None and torch.compiler.is_compiling():
             lanes = runs.switch.lanes
@@ -180,16 +210,16 @@ def _forward(base: Forward) -> Forward:
             if lanes.fits and not torch.is_grad_enabled() and not is_managed(self):
                 return runs.bank.run(self, base, lanes, *args, **kwargs)
         choice = runs.switch.choice
-        if type(choice) is not str:
-            return routed(self, runs, choice, args, kwargs)
+        if type(choice) is not str and runs.forwards:  # else what is below has the choice itself
+            return routed(self, runs, choice, call, args, kwargs)
         run = runs.forwards.get(choice)
         if run is not None:
             return run(self, *args, **kwargs)
-        if choice not in runs.switch.prepared:
+        if type(choice) is str and choice not in runs.switch.prepared:
             _refuse_gone(choice)
         return base(self, *args, **kwargs)
 
-    return wraps(base)(forward)
+    return call
 
 
 def _refuse_gone(choice: str) -> NoReturn:

@@ -118,6 +118,10 @@ class Layer:
         self.renamed = renamed or {}
         self._output: Any = None
 
+    def argument(self, name: str) -> Any:
+        """One more input."""
+        return self.tracer.proxy(self.graph.placeholder(name))
+
     def attribute(self, path: str) -> Any:
         """A node that reads an attribute."""
         return self.tracer.proxy(self.graph.get_attr(self.renamed.get(path, path)))

@@ -20,6 +20,7 @@ from surgery.algebra.compose import Unchained, composed
 from surgery.algebra.derive import derive
 from surgery.algebra.equations import Equations, Parameter, Random, drawn_after
 from surgery.algebra.filters import Filter, asks
+from surgery.algebra.kinds import beyond
 from surgery.arguments import (
     Arguments,
     Link,
@@ -116,7 +117,7 @@ def plan_assignments(
     every = {entry.path: entry.first for entry in inventory.entries}
     sites: list[PlannedSite] = []
     for one in assignments:
-        known = every if one.at.tensor else pool
+        known = every if one.at.tensor or one.at.kind else pool
         if one.path not in known:
             near = get_close_matches(one.path, known, 1)
             hint = f"the nearest is `{near[0]}`" if near else "it was made for another model"
@@ -174,7 +175,8 @@ class _Planner:
         steps = self.known_steps[id(match)] = self._steps(match)
         verb = match.verb if isinstance(match, ast.Train) else None
         names = (self._number, self._holds)
-        chosen = select(match.selection, self.inventory, self.report, *names, match.tie, verb)
+        kind = beyond(steps[0][1].kind)
+        chosen = select(match.selection, self.inventory, self.report, *names, match.tie, verb, kind)
         known = self._fixed_links(steps)
         clashes: list[tuple[Site, ast.Selecting]] = []
         for site in chosen:

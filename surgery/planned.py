@@ -214,6 +214,8 @@ def _lengths(form: SiteClass) -> tuple[int, ...]:
     """Of the axes of a site: batch, out and in, or those of a parameter that is no matrix."""
     if form.shape is not None:
         return form.shape
+    if form.at.kind:  # the width of its hidden states
+        return (form.sizes.fan_out,)
     matrix = (form.sizes.fan_out, form.sizes.fan_in)
     return matrix if form.batch is None else (form.batch, *matrix)
 
@@ -273,6 +275,7 @@ def _totals(plan: Plan) -> list[str]:
         f"{share:.3%} of that is trained",
     ]
     lines += [_flops(plan, name) for name in plan.adapters]
+    lines += [f"made of other adapters: {one}" for one in plan.resolved.derived]
     if plan.resolved.live is not None:
         lines.append(f"live after compilation: {plan.resolved.live}")
     if plan.shared:
@@ -308,6 +311,7 @@ def _as_json(plan: Plan) -> dict[str, object]:
             for s in plan.shared
         ],
         "adapters": list(plan.adapters),
+        "derived": [one.as_json() for one in plan.resolved.derived],
         "live": None if plan.resolved.live is None else str(plan.resolved.live),
         "trainable": plan.trainable,
         "total": plan.total,

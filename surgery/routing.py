@@ -31,7 +31,12 @@ class Known(Protocol):
 
 
 def routed(
-    module: nn.Module, known: Known, choice: Routed, args: tuple[Any, ...], kwargs: dict[str, Any]
+    module: nn.Module,
+    known: Known,
+    choice: Routed,
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
     """The module's output [batch, …] for an input [batch, …] whose samples have their own adapters.
 
@@ -41,21 +46,22 @@ def routed(
     here = choice.within(known.forwards)
     name, x = (None, args[0]) if args else next(iter(kwargs.items()))
     if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] != len(here.samples):
-        _refuse_batch(known.path, x, len(here.samples))
+        refuse_batch(known.path, x, len(here.samples))
     if len(here.groups) == 1:
         with known.switch.chosen(here.samples[0]):
-            return module.forward(*args, **kwargs)
+            return forward(module, *args, **kwargs)
     parts: list[Tensor] = []
     for text, part in here.split(x):
         with known.switch.chosen(text):
             if name is None:
-                parts.append(module.forward(part, *args[1:], **kwargs))
+                parts.append(forward(module, part, *args[1:], **kwargs))
             else:
-                parts.append(module.forward(**{**kwargs, name: part}))
+                parts.append(forward(module, **{**kwargs, name: part}))
     return here.joined(parts)
 
 
-def _refuse_batch(path: str, x: object, samples: int) -> NoReturn:
+def refuse_batch(path: str, x: object, samples: int) -> NoReturn:
+    """E436, for an input of a routed module that is no batch of the samples."""
     found = f"a tensor of shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
     refuse(
         "E436",

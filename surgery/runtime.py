@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
     from surgery.artifact import SaveReport
     from surgery.bank import Bank
+    from surgery.composition import Composition
     from surgery.mapping import StateDictMapping
+    from surgery.recipe import Sign
     from surgery.status import Status
 
 # Names and files are a fifth of all code, and are imported when they are first asked for.
@@ -179,6 +181,38 @@ class Compiled:
         from surgery.reserving import reserve
 
         return reserve(self.model, self._state, max_rank, adapters, batch, terms)
+
+    def compose(
+        self,
+        expression: str,
+        *,
+        name: str,
+        how: str = "cat",
+        rank: int | None = None,
+        to: str | None = None,
+        density: float | None = None,
+        sign: Sign = "total",
+        seed: int = 0,
+    ) -> Composition:
+        """Put the adapter that an expression such as `0.7*a + 0.3*b` is beside those it is of.
+
+        It is not live until it is activated. how, rank, to, density, sign, seed: see `recipe.How`.
+        Raises, with the model as it was, ArtifactError: E580 where it cannot be composed so, E582
+        for an option, E583 for parameters that do not fit together, E584 where the base's weights
+        are needed; PlanError (E309); DefinitionError for the expression; StateError: E402 while one
+        is merged, E411 for an unknown adapter, E412 and E443 for a name.
+        """
+        from surgery.deriving import compose_on
+        from surgery.recipe import How
+
+        options = How(how, rank, to, density, sign, seed)
+        return compose_on(self.model, expression, name, options)
+
+    @property
+    def compositions(self) -> Mapping[str, Composition]:
+        """What each adapter that was made of others was made of, and how near, when it was made."""
+        every = self._state.adapters.items()
+        return {n: one.composition for n, one in every if one.composition is not None}
 
     def freeze(self) -> None:
         """Compute what depends on parameters alone once, until `thaw`: a rotation, a norm, W'.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -14,16 +15,23 @@ from surgery.mixture import Plans, live_sites
 from surgery.plan import Plan, PlannedSite
 from surgery.switch import Switch
 
+if TYPE_CHECKING:
+    from surgery.composition import Composition
+
 _ATTRIBUTE = "_surgery_state"
 
 
 @dataclass(slots=True)
 class Adapter:
-    """One adapter on the model: the plan it came from, its seed, and the name it has there."""
+    """One adapter on the model: the plan it came from, its seed, and the name it has there.
+
+    composition: what it was made of, where that is other adapters.
+    """
 
     name: str
     plan: Plan
     seed: int
+    composition: Composition | None = None
 
     @property
     def sites(self) -> Iterator[PlannedSite]:

@@ -27,7 +27,8 @@ class AdapterStatus:
     methods: of its sites, each once. sites: how many there are. trained, total: the numbers that
     its methods train, and all. learning: how many of the trained require gradients. bytes: of all.
     live, merged: whether it is among what the forward runs, and whether that is in the weights.
-    dtypes, devices: of its parameters, each once, in order.
+    dtypes, devices: of its parameters, each once, in order. made_of: of one that was made of others
+    what they were, how, and how near, as it was then; "" for any other.
     """
 
     name: str
@@ -41,6 +42,7 @@ class AdapterStatus:
     merged: bool
     dtypes: tuple[str, ...]
     devices: tuple[str, ...]
+    made_of: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +128,9 @@ def _here(state: State) -> str | None:
 def _running(state: State) -> set[str]:
     """The adapters that the model runs: by its default, or by the choice of the calling thread."""
     own = state.switch.own
+    prepared = state.switch.prepared  # of which an adapter may be gone that was chosen
     chosen = () if own is None else (own,) if isinstance(own, str) else own.samples
-    lives = (state.live, *(state.switch.prepared[text] for text in dict.fromkeys(chosen)))
+    lives = (state.live, *(prepared[text] for text in dict.fromkeys(chosen) if text in prepared))
     return {name for live in lives for name in live.adapters}
 
 
@@ -146,6 +149,7 @@ def _adapter(state: State, adapter: Adapter, every: Sequence[Owned]) -> AdapterS
         live and state.is_merged,
         _each(every, lambda one: str(one.dtype).removeprefix("torch.")),
         _each(every, lambda one: str(one.device)),
+        "" if adapter.composition is None else adapter.composition.summary,
     )
 
 
@@ -274,6 +278,7 @@ def _lines(told: Status) -> Iterator[str]:
     total = sum(one.total for one in told.adapters)
     yield f"adapters: {total:,} numbers, {memory}"
     yield f"base: {told.base:,} numbers, {shown_bytes(told.base_bytes)}"
+    yield from (f"made: {one.made_of}" for one in told.adapters if one.made_of)
     yield from map(str, told.findings)
 
 

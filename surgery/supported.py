@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
+from surgery.algebra.kinds import KINDS as SITE_KINDS
+from surgery.algebra.kinds import MATRIX
 from surgery.compiling import plan
 from surgery.errors import SurgeryError
 from surgery.explanation import layer_model
@@ -45,9 +47,16 @@ class Row:
 
 
 def rows() -> Iterator[Row]:
-    """Every method of the library, in alphabetical order."""
-    for name in Library.standard().names():
+    """Every method of the library on matrices, in alphabetical order."""
+    for name in names_on(MATRIX.name):
         yield _row(name)
+
+
+def names_on(kind: str) -> tuple[str, ...]:
+    """The methods of the library on a kind of site, in alphabetical order."""
+    library = Library.standard()
+    every = ((name, library.method(name)) for name in library.names())
+    return tuple(name for name, method in every if method is not None and method.kind == kind)
 
 
 def small(method: ast.Method) -> dict[str, int]:
@@ -95,10 +104,15 @@ def _row(name: str) -> Row:
             here[kind.name] = error.diagnostics[0].message
     merges = {one.plan.sites[0].form.derived.merge_class for one in made.values()}
     exchanged = {kind for kind, one in made.items() if not isinstance(one.config, Reason)}
-    says = (methods_dir() / f"{name}.peft").read_text(encoding="utf-8").partition("\n")[0]
     merge = ", ".join(sorted(merges))
     mine = of_peft().get(name, {})
-    return Row(name, says.lstrip("# ").rstrip("."), merge, here, mine, frozenset(exchanged))
+    return Row(name, _says(name), merge, here, mine, frozenset(exchanged))
+
+
+def _says(name: str) -> str:
+    """What the first line of a method's file says of it."""
+    first = (methods_dir() / f"{name}.peft").read_text(encoding="utf-8").partition("\n")[0]
+    return first.lstrip("# ").rstrip(".")
 
 
 # ------------------------------------------------------------------------------------- the page
@@ -143,6 +157,10 @@ def _page() -> Iterator[str]:
     if reasons:
         yield "\nRefused:\n"
         yield from (f"* `{method}` on {kind}: {why}" for method, kind, why in reasons)
+    for kind in (kind for kind in SITE_KINDS.values() if kind.unmerged):
+        yield f"\n## On a {kind.name}\n\nThere is no merge: {kind.unmerged}.\n"
+        yield "| method | |\n| --- | --- |"
+        yield from (f"| `{name}` | {_says(name)} |" for name in names_on(kind.name))
 
 
 def sign(row: Row, kind: str) -> str:

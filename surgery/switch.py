@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from threading import Lock, local
+from threading import Lock, RLock, local
 from typing import Any, Protocol
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class Routed:
 
     def within(self, known: Collection[str]) -> Routed:
         """The same where some of it is the base, of which nothing is known."""
-        key = frozenset(known)
+        key = frozenset([text for text, _ in self.groups if text in known])
         if key not in self._within:
             kept = tuple(s if s in key else NONE for s in self.samples)
             self._within[key] = self if kept == self.samples else Routed(kept, self.origin)
@@ -111,9 +111,22 @@ class Bank(Protocol):
         """Let an adapter's place be free."""
         ...
 
+    def let_go(self, texts: Collection[str]) -> None:
+        """Forget choices that are no longer prepared."""
+        ...
+
     def rename(self, old: str, new: str) -> None:
         """Let an adapter have another name."""
         ...
+
+
+class Use:
+    """That something is live somewhere: while there is this object, it stays prepared."""
+
+    __slots__ = ("__weakref__",)
+
+
+Uses = tuple[Use, ...]
 
 
 class _Here(local):
@@ -130,7 +143,7 @@ class Switch:
 
     live: the text of what is live for every thread that chose nothing else. prepared: by its text,
     all that the model's modules can run now. frozen: whether what depends on parameters alone was
-    computed once. bank: what was declared, if anything.
+    computed once. bank: what was declared, if anything. changing: held while modules are changed.
     """
 
     def __init__(self, live: str = NONE) -> None:
@@ -139,8 +152,12 @@ class Switch:
         self.prepared: dict[str, Live] = {NONE: Live()}
         self.frozen = False
         self.bank: Bank | None = None
+        self.changing = RLock()
         self._default: Lanes | None = None
         self._here = _Here()
+        self._counting = RLock()
+        self._uses: dict[str, ref[Use]] = {}  # the last is what was used last
+        self._live_use = self.use(live)
         with _ADDING:
             _EVERY.add(self)
 
@@ -160,9 +177,51 @@ class Switch:
         """What is live in this thread, as tensors; None where no bank is declared."""
         return self._here.lanes
 
-    def default_to(self, live: str) -> None:
+    def use(self, text: str) -> Use:
+        """Something, prepared or about to be, is used: now, and while what is given is kept."""
+        with self._counting:
+            known = self._uses.pop(text, None)
+            use = None if known is None else known()
+            if known is None or use is None:
+                use = Use()
+                known = ref(use)
+            self._uses[text] = known
+        return use
+
+    def in_use(self, text: str) -> bool:
+        """Whether a thread, or what a backward pass repeats, has something live."""
+        with self._counting:
+            known = self._uses.get(text)
+            return known is not None and known() is not None
+
+    def held(self) -> tuple[Choice, Uses]:
+        """What is live in this thread, and that it is used."""
+        choice = self.choice
+        texts = (choice,) if isinstance(choice, str) else dict.fromkeys(choice.samples)
+        return choice, tuple(map(self.use, texts))
+
+    def let_go(self, most: int) -> tuple[str, ...]:
+        """The mixtures that were used longest ago, which are from now on not prepared.
+
+        So many are left, and all that are in use. Adapters alone are no mixtures.
+        """
+        with self._counting:
+            held = {text for text, use in self._uses.items() if use() is not None}
+            uses = {t: use for t, use in self._uses.items() if t in held or t in self.prepared}
+            mixtures = [t for t in uses if t in self.prepared and _is_mixture(self.prepared[t])]
+            free = [text for text in mixtures if text not in held]
+            gone = tuple(free[: max(0, len(mixtures) - most)])
+            for text in gone:
+                del uses[text], self.prepared[text]
+            self._uses = uses
+        if self.bank is not None:
+            self.bank.let_go(gone)
+        return gone
+
+    def default_to(self, live: str, use: Use) -> None:
         """Let something that is prepared be live for every thread that chose nothing else."""
-        self.live = live
+        self.use(self.live)  # a thread in the midst of a layer may still look it up
+        self.live, self._live_use = live, use
         if self.bank is not None and self._default is not None:
             self._default.take(self.bank.lanes(live, self.prepared))
 
@@ -180,8 +239,8 @@ class Switch:
             self._here.lanes = known if choice is None else self.bank.lanes(choice, self.prepared)
 
     @contextmanager
-    def chosen(self, choice: Choice | None) -> Generator[None]:
-        """The same until the end of a `with`."""
+    def chosen(self, choice: Choice | None, uses: Uses = ()) -> Generator[None]:
+        """The same until the end of a `with`, for which `uses` are kept."""
         here = self._here
         before = here.choice, here.lanes
         self.choose(choice)
@@ -192,33 +251,39 @@ class Switch:
 
     def __reduce__(self) -> tuple[Callable[..., Switch], tuple[object, ...]]:
         """What a thread chose stays with the model that it chose it on."""
-        return _copied, (self.live, self.prepared)
+        return _copied, (self.live, dict(self.prepared))
 
 
 def _copied(live: str, prepared: dict[str, Live]) -> Switch:
     made = Switch(live)
     made.prepared = prepared
+    for text in prepared:
+        made.use(text)
     return made
+
+
+def _is_mixture(live: Live) -> bool:
+    return bool(live) and live.only is None
 
 
 _EVERY: WeakSet[Switch] = WeakSet()
 _ADDING = Lock()
 
-Choices = tuple[tuple[Switch, Choice], ...]
+Choices = tuple[tuple[Switch, Choice, Uses], ...]
 
 
 def current() -> Choices:
     """What is live in this thread on every model, to be repeated elsewhere or later."""
     with _ADDING:
-        return tuple((switch, switch.choice) for switch in _EVERY)
+        return tuple((switch, *switch.held()) for switch in _EVERY)
 
 
 @contextmanager
 def repeated(choices: Choices) -> Generator[None]:
     """Let what was live somewhere be live in this thread, whatever the defaults are now."""
     with ExitStack() as stack:
-        for switch, choice in choices:
-            stack.enter_context(switch.chosen(choice))
+        for switch, choice, uses in choices:
+            stack.enter_context(switch.chosen(choice, uses))
         yield
 
 

@@ -16,6 +16,14 @@ from surgery.model.holder import every_module
 from surgery.placement import check_placed
 from surgery.plan import PlannedSite
 from surgery.state import Adapter, State, state_of
+from surgery.switch import Use
+
+MIXTURES = 64
+"""How many mixtures stay prepared beside those in use.
+
+Each has code of its own, and, frozen, as much memory as the weights that it changes; preparing one
+anew takes milliseconds a class of sites. What is scaled by a number for each request is new always.
+"""
 
 
 def live_of(expression: str | None, state: State) -> Live:
@@ -39,19 +47,31 @@ def make_live(model: nn.Module, state: State, live: Live) -> None:
     What was prepared before is looked up: no module changes. Raises PlanError (E305, E309), with
     nothing changed.
     """
-    prepare(model, state, live)
+    use = prepare(model, state, live)
     state.live = live
-    state.switch.default_to(str(live))
+    state.switch.default_to(str(live), use)
 
 
-def prepare(model: nn.Module, state: State, live: Live) -> None:
+def prepare(model: nn.Module, state: State, live: Live) -> Use:
     """Let a model's modules have what they need for something to be live.
 
-    Raises PlanError (E305, E309), with nothing changed.
+    They have it for as long as what is given is kept, and at least until `MIXTURES` others were
+    used since. Raises PlanError (E305, E309), with nothing changed.
     """
+    text, switch = str(live), state.switch
+    use = switch.use(text)  # first, so that no other thread withdraws what is found here
+    graph = isinstance(model, fx.GraphModule)
+    if text in switch.prepared and not graph:
+        return use
+    with switch.changing:
+        if text not in switch.prepared or graph:
+            _prepare(model, state, live)
+            _withdraw_old(model, state)
+    return use
+
+
+def _prepare(model: nn.Module, state: State, live: Live) -> None:
     text, graph = str(live), isinstance(model, fx.GraphModule)
-    if text in state.switch.prepared and not graph:
-        return
     sites = live_sites(live, state.plans)
     if live.only is None:  # an adapter alone was seen to run when it came
         lower.check_sites(sites, state.plans)
@@ -79,23 +99,36 @@ def mount_sites(model: nn.Module, state: State, sites: Sequence[PlannedSite], te
 
 
 def withdraw(model: nn.Module, state: State, texts: Sequence[str]) -> None:
-    """Undo `prepare`; what is live in no thread may be withdrawn."""
+    """Undo `prepare`. A thread that still has it live is told so by each module that ran it."""
     if not texts:
         return
-    for module in every_module(model):
+    with state.switch.changing:
+        ways = [mount.drop if state.switch.in_use(t) else mount.forget for t in texts]
+        for module in every_module(model):
+            for text, undo in zip(texts, ways, strict=True):
+                undo(module, text)
         for text in texts:
-            mount.forget(module, text)
-    for text in texts:
-        if text != NONE:  # which any model can run
-            state.switch.prepared.pop(text, None)
+            if text != NONE:  # which any model can run
+                state.switch.prepared.pop(text, None)
+
+
+def _withdraw_old(model: nn.Module, state: State) -> None:
+    """Withdraw what was used longest ago; no module's class changes, as others may run it."""
+    gone = state.switch.let_go(MIXTURES)
+    if not gone:
+        return
+    for module in every_module(model):
+        for text in gone:
+            mount.drop(module, text)
 
 
 def withdraw_all(model: nn.Module, state: State) -> None:
     """Let every module run its own forward, whatever is live."""
-    for module in every_module(model):
-        mount.dismount(module)
-    mount.run_base(model)
-    state.switch.prepared = {NONE: Live()}
+    with state.switch.changing:
+        for module in every_module(model):
+            mount.dismount(module)
+        mount.run_base(model)
+        state.switch.prepared = {NONE: Live()}
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol, cast
 
 from torch import Tensor
 
+from surgery.algebra.around import entered, left
 from surgery.algebra.axes import evaluate
 from surgery.algebra.cost import numbers, own_work
 from surgery.algebra.derive import Derived
@@ -101,6 +102,11 @@ def extra_work(place: Place, names: Mapping[str, int | float]) -> Work | None:
             parts = () if merged is None else (merged.weight, merged.bias)
             list(map(counter.value, parts))
             return Work(0, tally.call * (place.batch or 1))
+        if place.mode == "around":
+            given = cast(Tensor, x)
+            entered(counter, place.derived.equations, given)
+            left(counter, place.derived, given, given, given)
+            return Work(tally.token, tally.call)
         counter.run(place.derived, cast(Tensor, x))
     except Unlowerable:
         return None

@@ -20,8 +20,8 @@ STAGES = (
     ("catalogue",),
     ("language",),
     ("algebra",),
-    ("arguments", "live"),
-    ("rating",),
+    ("arguments", "live", "recipe"),
+    ("rating", "naming", "derivation"),
     ("check", "include", "model"),
     ("report",),
     ("work", "difference"),
@@ -32,15 +32,16 @@ STAGES = (
     ("plan",),
     ("mapping",),
     ("coding",),
-    ("nodes",),
+    ("nodes", "switch"),
+    ("routing",),
+    ("calling", "calls"),
     ("values",),
     ("lower",),
     ("described",),
     ("rewriting",),
     ("whole",),
     ("observation",),
-    ("switch",),
-    ("routing", "folding", "recomputing"),
+    ("folding", "recomputing"),
     ("mounted",),
     ("mount", "materialize"),
     ("checksums", "precision", "combining"),
@@ -65,7 +66,9 @@ STAGES = (
     ("low_rank",),
     ("twin", "tensors", "conversion"),
     ("programs", "redistribution", "composed"),
-    ("runtime", "composition", "composable"),
+    ("putting", "composition", "composable"),
+    ("deriving",),
+    ("runtime",),
     ("compiling",),
     ("allocation", "gradients"),
     ("verification", "explanation"),
@@ -109,6 +112,9 @@ LATE = (
     "einops",
 )
 """What `import surgery` must not import: each costs more than the package itself."""
+
+OF_MODELS = {("model.roles", "bottleneck")}
+"""What models call a module of theirs, and a method is called as well."""
 
 METHODS = tuple(sorted(path.stem for path in (ROOT / "specs" / "methods").glob("*.peft")))
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 450, 50
@@ -208,7 +214,8 @@ def test_no_method_is_known_by_name(name: str) -> None:
     if name.startswith("compat"):
         return
     text = modules()[name].read_text(encoding="utf-8")
-    assert not re.findall(rf"\b({'|'.join(METHODS)})\b", text, re.IGNORECASE)
+    others = (method for method in METHODS if (name, method) not in OF_MODELS)
+    assert not re.findall(rf"\b({'|'.join(others)})\b", text, re.IGNORECASE)
 
 
 @pytest.mark.parametrize("name", modules())

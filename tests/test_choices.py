@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
+import linecache
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -16,14 +20,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import language_model
 from support import moved
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounter
 from transformers import T5Config, T5ForConditionalGeneration
 
 import surgery
+from surgery import switching
+from surgery.coding import code_of
 from surgery.errors import SurgeryError
 from surgery.model.holder import modules_of
 from surgery.mount import is_mounted
+from surgery.mounted import runs_of
+from surgery.state import require_state
 
 untyped: Any = torch
 
@@ -499,3 +507,233 @@ def test_a_graph_runs_one_choice_for_all() -> None:
     compiled = surgery.compile("match * apply lora(r=2)", net, mode="graph")
     refused("E433", lambda: compiled.using(None).__enter__())
     refused("E433", lambda: compiled.route([None]).__enter__())
+
+
+# ------------------------------------------------------------------------ ever new mixtures
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three mixtures are kept, so that others are withdrawn soon."""
+    monkeypatch.setattr(switching, "MIXTURES", 3)
+
+
+def three_layers() -> surgery.Compiled:
+    """One has both adapters, and the others one each."""
+    untyped.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3), nn.Linear(3, 2)).eval()
+    surgery.compile("adapter a { match 0 | 2 apply lora(r=2) }", net)
+    compiled = surgery.compile("adapter b { match 0 apply dora(r=3) match 3 apply ia3() }", net)
+    for name in compiled.adapters:
+        moved(compiled, name)
+    return compiled
+
+
+def mix(number: int) -> str:
+    return f"0.{number}7*a + 0.{number}3*b"
+
+
+ROWS = torch.linspace(-1, 1, 20).view(4, 5)
+
+
+def output(compiled: surgery.Compiled, live: str | None) -> Tensor:
+    with torch.no_grad(), compiled.using(live):
+        return cast(Any, compiled.model)(ROWS)
+
+
+def churn(compiled: surgery.Compiled, first: int = 100, count: int = 5) -> None:
+    """Many others are used, each of them once."""
+    for number in range(first, first + count):
+        with compiled.using(mix(number)):
+            pass
+
+
+def prepared(compiled: surgery.Compiled) -> set[str]:
+    return set(require_state(compiled.model).switch.prepared)
+
+
+@pytest.mark.usefixtures("few")
+def test_tables_stay_as_large_as_what_is_kept() -> None:
+    compiled = three_layers()
+    compiled.activate("a")
+    wanted = {live: output(compiled, live) for live in ("a", "b", None, mix(1))}
+    classes = [type(module) for module in compiled.model.modules()]
+    churn(compiled, count=12)
+    assert prepared(compiled) == {"none", "a", "b", mix(109), mix(110), mix(111)}
+    for module in (m for m in compiled.model.modules() if is_mounted(m)):
+        runs = runs_of(module)
+        assert runs is not None
+        tables = (runs.keys, runs.forwards, *runs.values.values())
+        assert all(table.keys() <= prepared(compiled) for table in tables)
+    with compiled.using(mix(109)):  # used again, so it is not the next to go
+        churn(compiled, 200, 2)
+    assert mix(109) in prepared(compiled)
+    assert mix(110) not in prepared(compiled)
+    for live, tensor in wanted.items():
+        assert torch.equal(output(compiled, live), tensor)
+    assert [type(module) for module in compiled.model.modules()] == classes
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_is_in_use_stays(frozen: bool) -> None:
+    compiled = three_layers()
+    wanted = {number: output(compiled, mix(number)) for number in range(1, 7)}
+    compiled.activate(mix(1))
+    if frozen:
+        compiled.freeze()
+    with compiled.route([mix(2), mix(3), mix(4), mix(5)]), ThreadPoolExecutor(1) as pool:
+        pool.submit(churn, compiled).result()
+        with torch.no_grad():
+            rows = cast(Any, compiled.model)(ROWS)
+        for index, number in enumerate(range(2, 6)):
+            assert torch.allclose(rows[index], wanted[number][index], atol=1e-6)
+        with compiled.using(mix(6)):
+            pool.submit(churn, compiled, 200).result()
+            with torch.no_grad():
+                assert torch.equal(cast(Any, compiled.model)(ROWS), wanted[6])
+                assert torch.equal(pool.submit(output, compiled, mix(1)).result(), wanted[1])
+    churn(compiled, 300)
+    assert {mix(number) for number in range(1, 7)} & prepared(compiled) == {mix(1)}
+    with torch.no_grad():
+        assert torch.equal(cast(Any, compiled.model)(ROWS), wanted[1])
+    compiled.activate(None)
+    churn(compiled, 400, 2)  # a thread may be in the midst of what was the default until now
+    assert mix(1) in prepared(compiled)
+    churn(compiled, 500, 1)
+    assert mix(1) not in prepared(compiled)
+
+
+@pytest.mark.usefixtures("few")
+def test_a_layer_whose_last_mixture_goes_keeps_its_class() -> None:
+    compiled = three_layers()
+    wanted, layer = output(compiled, "0.5*b"), compiled.model.get_submodule("3")
+    cls = type(layer)
+    for number in range(1, 6):
+        output(compiled, f"0.{number}*a")
+    assert "0.5*b" not in prepared(compiled)
+    assert type(layer) is cls
+    assert torch.equal(output(surgery.of(copy.deepcopy(compiled.model)), "0.5*b"), wanted)
+    assert torch.equal(output(compiled, "0.5*b"), wanted)
+    compiled.inverse.unload()
+    assert type(layer) is nn.Linear
+
+
+def applied(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return run(x)
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("default", [False, True])
+def test_what_is_computed_again_stays_until_it_was(reentrant: bool, default: bool) -> None:
+    checkpoint = cast(Any, import_module("torch.utils.checkpoint")).checkpoint
+    compiled, found, total = three_layers(), list[list[Tensor]](), None
+    for wrap in cast(Any, (applied, partial(checkpoint, use_reentrant=reentrant))):
+        compiled.activate(mix(1) if default else "a")
+        with nullcontext() if default else compiled.using(mix(1)):
+            x = ROWS.clone().requires_grad_()
+            total = wrap(surgery.repeating(cast(Any, compiled.model)), x).square().sum()
+        compiled.activate("b")
+        churn(compiled)
+        untyped.autograd.backward(total)
+        own = [p for p in compiled.model.parameters() if p.grad is not None]
+        found.append([cast(Tensor, p.grad).clone() for p in (x, *own)])
+        compiled.model.zero_grad()
+    assert len(found[0]) > 3
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    total = None
+    churn(compiled, 200)
+    assert mix(1) not in prepared(compiled)
+
+
+@pytest.mark.usefixtures("few")
+def test_sixteen_threads_with_ever_new_mixtures() -> None:
+    compiled = three_layers()
+    other = surgery.of(copy.deepcopy(compiled.model))
+    numbers = [(thread, 100 + 3 * thread + step) for step in range(3) for thread in range(16)]
+    wanted = {number: output(other, mix(number)) for _, number in numbers}
+
+    def work(thread: int) -> bool:
+        own = [number for one, number in numbers if one == thread]
+        return all(
+            torch.equal(output(compiled, mix(number)), wanted[number])
+            for number in (*own, *reversed(own), 100 + thread)  # the last is another thread's
+        )
+
+    with ThreadPoolExecutor(16) as pool:
+        assert all(pool.map(work, range(16)))
+    churn(compiled, 900, 1)
+    assert len(prepared(compiled) - {"none", "a", "b"}) == 3
+
+
+@pytest.mark.usefixtures("few")
+def test_what_goes_is_not_compiled_anew_by_others() -> None:
+    net, counter = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3)), CompileCounter()
+    compiled = surgery.compile("adapter a { match * apply lora(r=2) }", net.eval())
+    surgery.compile("adapter b { match * apply dora(r=3) }", net)
+    for live in ("b", mix(1), "a"):
+        compiled.activate(live)
+    untyped._dynamo.reset()
+    run: Any = untyped.compile(cast(Any, compiled.model), backend=counter, fullgraph=True)
+    with torch.no_grad():
+        wanted = run(ROWS)
+        assert counter.frame_count == 1
+        churn(compiled)
+        assert mix(1) not in prepared(compiled)
+        assert torch.equal(run(ROWS), wanted)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.usefixtures("few")
+def test_a_bank_knows_as_many_choices_as_are_kept() -> None:
+    compiled = three_layers()
+    bank = compiled.reserve(3, terms=2)
+    churn(compiled, count=12)
+    assert bank.known.keys() <= prepared(compiled)
+
+
+def test_what_was_deleted_while_it_was_chosen_is_told_of() -> None:
+    compiled = three_layers()
+    compiled.activate("b")
+    with compiled.using("a"):
+        compiled.delete("a")
+        assert [one.name for one in compiled.status().adapters] == ["b"]
+        refused("E437", lambda: cast(Any, compiled.model)(ROWS))
+
+
+def test_a_copy_after_what_computed_a_weight_is_gone() -> None:
+    net = nn.MultiheadAttention(12, 2, batch_first=True).eval()
+    surgery.compile("adapter a { match * apply lora(r=2) }", net)
+    compiled = surgery.compile("adapter b { match out_proj apply ia3() }", net)
+    compiled.activate("b")
+    compiled.delete("a")
+    x = torch.linspace(-1, 1, 60).view(1, 5, 12)
+    with torch.no_grad():
+        wanted = net(x, x, x)[0]
+        for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+            assert torch.equal(other(x, x, x)[0], wanted)
+
+
+def test_a_source_is_there_as_long_as_its_code() -> None:
+    graph = fx.Graph()
+    graph.output(graph.placeholder("x"))
+    made = code_of(graph)
+    name = made.run.__code__.co_filename
+    assert linecache.getline(name, 4)
+    del made
+    gc.collect()
+    assert name not in linecache.cache
+
+
+def test_what_is_deleted_while_a_thread_has_it_live_is_missed_there() -> None:
+    """Also where it was all that a layer had: none gives the base in silence."""
+    model = llama()
+    compiled = surgery.compile("adapter a { match q_proj apply lora(r=2) }", model)
+    surgery.compile("adapter b { match up_proj apply lora(r=2) }", model)
+    compiled.activate("b")
+    with compiled.using("a"):
+        compiled.delete("a")
+        refused("E437", lambda: logits(compiled))
+    compiled.inverse.unload()
+    assert not any(is_mounted(module) for _, module in modules_of(model))

@@ -19,9 +19,10 @@ from surgery.algebra.degrees import degree
 from surgery.algebra.expr import IN, OUT, parameter
 from surgery.algebra.rules import make
 from surgery.artifact import CONFIG
-from surgery.combining import WAYS, Change, Pruning, elected
+from surgery.combining import COMBINES, Change, Pruning, elected
 from surgery.composition import Composition
 from surgery.errors import ArtifactError, DefinitionError, PlanError, StateError, SurgeryError
+from surgery.recipe import WAYS
 
 hf: Any = peft  # whose types are not complete
 untyped: Any = torch
@@ -432,10 +433,10 @@ def test_without_pruning_chance_does_nothing(how: str, tmp_path: Path) -> None:
 
 def test_chance_leaves_a_share_and_in_the_mean_the_sum() -> None:
     tensor = torch.randn(60, 50, generator=torch.Generator().manual_seed(1)).double()
-    way, total, count = WAYS["dare_linear"], torch.zeros_like(tensor), 300
+    combine, total, count = COMBINES["dare_linear"], torch.zeros_like(tensor), 300
     for seed in range(count):
         generator = torch.Generator().manual_seed(seed)
-        pruned = way.combine([tensor], [2.0], Pruning(0.4, "total", lambda _, g=generator: g))
+        pruned = combine([tensor], [2.0], Pruning(0.4, "total", lambda _, g=generator: g))
         kept = pruned != 0
         assert 0.35 < float(kept.double().mean()) < 0.45
         assert torch.allclose(pruned[kept], 2.0 * tensor[kept] / 0.4)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import surgery
+from surgery.algebra.kinds import beyond
 from surgery.errors import SurgeryError
 from surgery.explanation import DEFAULT_SIZES, explain
 from surgery.language.library import Library
@@ -31,7 +32,8 @@ match nothing apply twice()
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_can_be_explained(method: str) -> None:
     told = explain(method)
-    assert (told.fan_in, told.fan_out) in DEFAULT_SIZES
+    widths = [(out, out) for _, out in DEFAULT_SIZES] if beyond(told.kind) else DEFAULT_SIZES
+    assert (told.fan_in, told.fan_out) in widths
     assert told.method == method
     assert told.signature.startswith(f"method {method}(")
     assert told.definition.endswith("}")
@@ -53,7 +55,7 @@ def test_what_is_told_is_what_a_model_gets(method: str) -> None:
     shapes = {p["name"]: p["shape"] for p in told.parameters}
     assert shapes == {name: list(shape) for name, shape in site.form.shapes.items()}
     assert told.totals["trainable"] == compiled.plan.trainable
-    assert told.graph == str(compiled.graphs["site"])
+    assert told.graph == str(compiled.graphs[site.path])
     assert told.merge == site.form.derived.merge_class
     assert {k["adapted"] for k in told.keys} == {r.adapted for r in compiled.mapping.rows}
 

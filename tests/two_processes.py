@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from blocks import IN, OUT, Block, Model
 from torch import Tensor, nn
 
 import surgery
@@ -27,7 +28,7 @@ from surgery.errors import SurgeryError
 from surgery.model.holder import modules_of, under_adapters
 from surgery.trainable import set_trainable, trainable
 
-WORLD, IN, MIDDLE, OUT, BATCH = 2, 7, 11, 5, 6
+WORLD, BATCH = 2, 6
 
 Check = Callable[[int, Path], None]
 CHECKS: list[Check] = []
@@ -40,34 +41,6 @@ def check(function: Check) -> Check:
     """One more check."""
     CHECKS.append(function)
     return function
-
-
-class Block(nn.Module):
-    """Two linear layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(IN, MIDDLE)
-        self.down = nn.Linear(MIDDLE, IN)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., IN] to the same."""
-        return x + self.down(torch.tanh(self.up(x)))
-
-
-class Model(nn.Module):
-    """Two blocks and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([Block(), Block()])
-        self.head = nn.Linear(IN, OUT)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., IN] to [..., OUT]."""
-        for layer in self.layers:
-            x = layer(x)
-        return self.head(x)
 
 
 SPECS = {

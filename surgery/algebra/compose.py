@@ -13,9 +13,6 @@ from surgery.algebra.derive import Derived, derive
 from surgery.algebra.equations import Equations, Parameter
 from surgery.algebra.expr import (
     BIAS,
-    INPUT,
-    ORIGIN,
-    OUTPUT,
     WEIGHT,
     Expr,
     depends_on,
@@ -109,6 +106,7 @@ def renamed(equations: Equations, suffix: str) -> Equations:
         tuple(_renamed(p, suffix, names) for p in equations.parameters),
         *map(again, _targets(equations)),
         joins=equations.joins,
+        kind=equations.kind,
     )
 
 
@@ -140,6 +138,9 @@ def chained(first: Equations, second: Equations) -> Equations:
     Raises Unchained where `second` reads W or b and `first`, which is not affine in x, has none to
     give, and where something that `first` drops at random would be read as a value.
     """
+    if first.kind is not second.kind:
+        others = f"it is on a {second.kind.name}, and what is before it on a {first.kind.name}"
+        raise Unchained(others)
     made = _on_weights(first, second) if _reads_weights(second) else _around(first, second)
     begun = tuple(_begun(p, first) for p in second.parameters)
     _check_depth(made)
@@ -172,19 +173,23 @@ def _check_depth(made: Equations) -> None:
 
 def _around(first: Equations, second: Equations) -> Equations:
     """`second` before the input and behind the output of `first`, whose weights it never reads."""
-    given = second.input or INPUT
+    kind = first.kind
+    given = second.input or kind.input
     # In y' = …, x is x'. Where `first` has an x' of its own, that of `second` is made of what came.
-    seen = INPUT if first.input is None else substitute(given, {INPUT: ORIGIN})
+    seen = kind.input
+    if first.input is not None:
+        seen = substitute(given, {kind.input: kind.origin})
     output = first.output
     if output is not None:
-        output = substitute(output, {ORIGIN: seen})
+        output = substitute(output, {kind.origin: seen})
     if second.output is not None:
-        output = substitute(second.output, {INPUT: seen, OUTPUT: output or OUTPUT})
-    made = substitute(first.input or INPUT, {INPUT: given})
+        replaced = {kind.input: seen, kind.output: output or kind.output}
+        output = substitute(second.output, replaced)
+    made = substitute(first.input or kind.input, {kind.input: given})
     return replace(
         first,
-        input=None if made is INPUT else made,
-        output=None if output is OUTPUT else output,
+        input=None if made is kind.input else made,
+        output=None if output is kind.output else output,
         joins=first.joins or second.joins,
     )
 

@@ -8,8 +8,9 @@ from surgery.algebra import scalars
 from surgery.algebra.axes import Size, names_in, size
 from surgery.algebra.bases import COMMON
 from surgery.algebra.beginnings import AFTER, PAIRS, Distribution
-from surgery.algebra.equations import SIZES, Parameter, Random
+from surgery.algebra.equations import Parameter, Random
 from surgery.algebra.expr import WEIGHT, Expr
+from surgery.algebra.kinds import SIZES
 from surgery.algebra.rules import constant
 from surgery.errors import Span, refuse
 from surgery.language import syntax as ast
@@ -18,8 +19,8 @@ from surgery.language import syntax as ast
 def of_all_sites(value: Expr) -> bool:
     """Whether a beginning is no one site's: a number, or what the W of all have in common."""
     if value.op == COMMON:
-        return value.args == (WEIGHT,) and not names_in(cast(Size, value.attr("ridge"))) & {*SIZES}
-    return value.op == "number" and not names_in(constant(value)) & SIZES.keys()
+        return value.args == (WEIGHT,) and not names_in(cast(Size, value.attr("ridge"))) & SIZES
+    return value.op == "number" and not names_in(constant(value)) & SIZES
 
 
 def check_draw(call: ast.Call, row: Distribution) -> None:

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from surgery.algebra.axes import symbol
 from surgery.algebra.compose import MAX_LINKS, Unchained, composed
 from surgery.algebra.elaborate import Elaborator
-from surgery.algebra.equations import KINDS, RESERVED, Equations
+from surgery.algebra.equations import Equations, reserved
 from surgery.algebra.expr import Expr, walk
+from surgery.algebra.kinds import KINDS, kind_named
 from surgery.algebra.mentions import names, nodes
 from surgery.algebra.ops import through
 from surgery.algebra.rules import make
@@ -35,7 +36,8 @@ def check_definition(method: ast.Method) -> tuple[Diagnostic, ...]:
     _check_signature(method, report)
     _check_decisions(method, report)
     # A reserved name was reported, and goes on meaning what it does.
-    open_arguments = {a.name: _symbol(a) for a in method.arguments if a.name not in RESERVED}
+    known = reserved(kind_named(method.kind))
+    open_arguments = {a.name: _symbol(a) for a in method.arguments if a.name not in known}
     _check_ways(method, open_arguments, report)
     return tuple(report.found)
 
@@ -135,9 +137,10 @@ def check_chain(links: Sequence[tuple[ast.Method, Mapping[str, object]]]) -> Unc
 
 def _check_signature(method: ast.Method, report: Report) -> None:
     known: dict[str, object] = {}
+    words = reserved(kind_named(method.kind))
     for argument in method.arguments:
         place = argument.span.within(0, len(argument.name))
-        if argument.name in RESERVED:
+        if argument.name in words:
             report.error(
                 "E106",
                 f"`{argument.name}` is reserved in an equation",

@@ -91,7 +91,7 @@ def _over(args: tuple[int, ...]) -> int | None:
 
 
 _RULES: Mapping[str, _Rule] = {
-    **dict.fromkeys(("add", "sub", "concat"), _same),
+    **dict.fromkeys(("add", "sub", "shift", "concat"), _same),
     **dict.fromkeys(("matmul", "mul", "kron", "scale_rows", "scale_cols", "scale"), _together),
     **dict.fromkeys(("neg", "transpose", "tile", "repeat", "rearrange", "slice"), _same),
     **dict.fromkeys(("diag", "blockdiag", "circulant", "channelwise", "skew"), _same),

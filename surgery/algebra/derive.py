@@ -89,8 +89,15 @@ class Derived:
 
 
 @lru_cache(maxsize=512)
-def derive(equations: Equations, has_bias: bool) -> Derived:
-    """Everything that follows from the equations at a site with or without a bias."""
+def derive(
+    equations: Equations, has_bias: bool, beside: tuple[tuple[float, Equations], ...] = ()
+) -> Derived:
+    """Everything that follows from the equations at a site with or without a bias.
+
+    beside: of a mix at a site that is in no weight, those that are mixed.
+    """
+    if equations.kind.unmerged:
+        return Derived(equations, None, None, Inverse(None), equations.kind.unmerged, beside)
     try:
         merged = _merged(equations)
     except _NotAffine as obstacle:
@@ -180,6 +187,9 @@ class _Composer:
                 return _each("neg", self.of(expr.args[0]))
             case "scale":
                 return _scaled(expr.args[0], self.of(expr.args[1]))
+            case "shift":
+                moved = self.of(expr.args[1])
+                return _Affine(moved.matrix, make("add", moved.constant, expr.args[0]))
             case "noise":  # its mean
                 return _Affine(zeros((expr.shape[-1], IN)), zeros((expr.shape[-1],)))
             case "mul" | "div":

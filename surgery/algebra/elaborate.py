@@ -24,10 +24,9 @@ from surgery.algebra.declared import (
     of_all_sites,
     positive,
 )
-from surgery.algebra.equations import ENDING, RESERVED, SIZES, TARGETS, Equations, Parameter, Random
+from surgery.algebra.equations import ENDING, Equations, Parameter, Random, reserved
 from surgery.algebra.expr import (
     BIAS,
-    OUTPUT,
     WEIGHT,
     Expr,
     Shape,
@@ -35,6 +34,7 @@ from surgery.algebra.expr import (
     parameter,
     walk,
 )
+from surgery.algebra.kinds import SIZES, kind_named
 from surgery.algebra.mentions import decisions, names, nodes
 from surgery.algebra.observed import LEAVES, is_lasting
 from surgery.algebra.ops import OPS
@@ -67,12 +67,15 @@ class Elaborator(Asking):
         self.arguments: frozenset[str] = frozenset(arguments)
         self.start: Expr = WEIGHT
         self.taken: frozenset[str] = frozenset()
+        self.reserved: frozenset[str] = frozenset()
         self.report = Report()
         self.failed: set[str] = set()
 
     def run(self, method: ast.Method) -> Equations:
         """The equations of a method. Raises DefinitionError."""
         self.taken = frozenset(_declared(method))
+        self.at(kind_named(method.kind))
+        self.reserved = reserved(self.kind)
         self._items(method.body)
         self.report.stop()
         if not self.targets:
@@ -80,15 +83,15 @@ class Elaborator(Asking):
                 "E120",
                 f"`{method.name}` has no equation",
                 method.span,
-                hint="say what becomes of the site: `W' = …`, `b' = …`, `x' = …` or `y' = …`",
+                hint=f"say what becomes of the site: {self.kind.said}",
             )
         targets = self.targets
         if self.start is not WEIGHT:  # equations see W after the last change of it
             targets = {t: self._begun(e) for t, e in {"W": WEIGHT, **targets}.items()}
-        fields: dict[str, Any] = {TARGETS[t][0]: e for t, e in targets.items()}
+        fields: dict[str, Any] = {self.kind.targets[t]: e for t, e in targets.items()}
         fields |= {"start": self.start, "changes": (*self.changes.items(),)}
         fields |= {"shares": tuple(self.shares), "totals": tuple(self.totals)}
-        fields |= {"endings": tuple(self.endings)}
+        fields |= {"endings": tuple(self.endings), "kind": self.kind}
         return Equations((*self.parameters.values(),), **fields)
 
     def holds(self, condition: ast.Expression) -> bool:
@@ -132,7 +135,7 @@ class Elaborator(Asking):
                 assert_never(item)
 
     def _define(self, name: str, value: object, span: Span) -> None:
-        if name in RESERVED:
+        if name in self.reserved:
             refuse("E106", f"`{name}` is reserved in an equation", span, hint="use another name")
         if name in self.scope:
             refuse("E107", f"`{name}` is defined twice", span, hint="use another name")
@@ -142,18 +145,18 @@ class Elaborator(Asking):
         if item.target in self.arguments:
             self._change(item)
             return
-        if item.target not in TARGETS:
+        if item.target not in self.kind.targets:
             refuse(
                 "E101",
                 f"`{item.target}'` is nothing that an equation can give",
                 item.span.within(0, len(item.target) + 1),
-                hint="an equation gives W', b', x' or y'",
+                hint=f"an equation gives {self.kind.said}",
             )
         value = self.tensor(item.value)
-        shape = TARGETS[item.target][1]
+        shape = self.kind.variables[item.target].shape
         if item.target in self.targets:
             refuse("E107", f"{item.target}' is given twice", item.span, hint="leave one out")
-        if item.target == "x" and depends_on(value, OUTPUT):
+        if item.target == "x" and depends_on(value, self.kind.output):
             refuse(
                 "E125",
                 "x' cannot be made of y, which is made of x'",
@@ -197,7 +200,7 @@ class Elaborator(Asking):
 
     def _assign(self, item: ast.Assign) -> None:
         """`W := W - D`: W less the beginnings of what D is made of, which are kept for that."""
-        if item.target != "W":
+        if item.target != "W" or "W" not in self.kind.targets:
             refuse(
                 "E101",
                 f"`{item.target}` is nothing that a method can change before it begins",
@@ -376,7 +379,7 @@ class Elaborator(Asking):
         value = self.size(keyword.value)
         if name == AFTER:
             return value
-        if shared and not row.told and names_in(value) & SIZES.keys():
+        if shared and not row.told and names_in(value) & SIZES:
             refuse(
                 "E123",
                 "what all sites share cannot depend on the sizes of one",

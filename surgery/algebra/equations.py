@@ -6,24 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from surgery.algebra.axes import Size, evaluate
-from surgery.algebra.expr import (
-    BIAS,
-    CHANNELS,
-    IN,
-    INPUT,
-    OUT,
-    OUTPUT,
-    WEIGHT,
-    Expr,
-    Shape,
-    render,
-)
+from surgery.algebra.expr import WEIGHT, Expr, Shape, render
+from surgery.algebra.kinds import MATRIX, Kind
 from surgery.algebra.rates import Rate
 from surgery.algebra.scalars import Open
 from surgery.errors import Span
 
-SIZES: Mapping[str, Size] = {"in": IN, "out": OUT, "channels": CHANNELS}
-SITE: Mapping[str, Expr] = {"W": WEIGHT, "b": BIAS, "x": INPUT, "y": OUTPUT}
 FACTS: Mapping[str, Open] = {
     "has_bias": Open("has_bias", "bool"),
     "kind": Open("kind", "text"),
@@ -39,16 +27,10 @@ ENDING = "ending"
 PLACING = frozenset({"largest"})
 """The operators whose values are places in a matrix, row by row: whole numbers."""
 
-RESERVED = frozenset({"layer", *SIZES, *SITE, *FACTS})
-KINDS = ("matrix",)
 
-TARGETS: Mapping[str, tuple[str, Shape]] = {
-    "W": ("weight", WEIGHT.shape),
-    "b": ("bias", BIAS.shape),
-    "x": ("input", INPUT.shape),
-    "y": ("output", OUTPUT.shape),
-}
-"""For each name that an equation may define: its field in `Equations`, and its shape."""
+def reserved(kind: Kind) -> frozenset[str]:
+    """The names that mean something by themselves in an equation of a kind."""
+    return frozenset({"layer", *kind.names, *FACTS})
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +142,7 @@ class Equations:
 
     weight [out, in], bias [out], input [tokens, in], output [tokens, out]; None where the site's
     own stays as it is. In `output` x is the input as `input` gives it.
+    kind: of the sites; where it is no matrix, input and output are those of its row.
     joins: whether weight comes of a product with y, which mixes rows that groups keep apart.
     start: what W begins as, where a method says so.
     changes: what arguments become when the shares and totals in them are known.
@@ -177,3 +160,4 @@ class Equations:
     shares: tuple[Share, ...] = ()
     totals: tuple[Total, ...] = ()
     endings: tuple[str, ...] = ()
+    kind: Kind = MATRIX

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from threading import Lock
 from typing import Final
 from weakref import WeakValueDictionary
 
@@ -20,6 +21,7 @@ TOKENS: Final = symbol("…")  # the leading axes of an activation, however many
 IN: Final = symbol("in")
 OUT: Final = symbol("out")
 CHANNELS: Final = symbol("channels")
+HIDDEN: Final = symbol("hidden")
 
 
 @dataclass(frozen=True, eq=False, slots=True, weakref_slot=True, repr=False)
@@ -69,6 +71,7 @@ class Expr:
 
 
 _INTERNED: WeakValueDictionary[tuple[object, ...], Expr] = WeakValueDictionary()
+_INTERNING = Lock()
 
 
 def node(
@@ -82,8 +85,9 @@ def node(
     found = _INTERNED.get(key)
     if found is None:
         depth = max((a.depth + 1 for a in args), default=0)
-        found = Expr(op, args, attrs, shape, depth)
-        _INTERNED[key] = found
+        made = Expr(op, args, attrs, shape, depth)
+        with _INTERNING:  # of two threads that make the same, the second takes the first's
+            found = _INTERNED.setdefault(key, made)
     return found
 
 
@@ -107,6 +111,9 @@ BIAS: Final = node("bias", (), (OUT,))
 INPUT: Final = node("x", (), (TOKENS, IN))
 OUTPUT: Final = node("y", (), (TOKENS, OUT))
 ORIGIN: Final = node("x0", (), (TOKENS, IN))  # in y' = …, x before there was an x'
+CALL_INPUT: Final = node("x", (), (TOKENS, HIDDEN))  # what a module is called with
+CALL_OUTPUT: Final = node("y", (), (TOKENS, HIDDEN))  # what the call gives
+CALL_ORIGIN: Final = node("x0", (), (TOKENS, HIDDEN))
 MERGED: Final = node("merged", (), (OUT, IN))  # W', as the inverse sees it
 
 
@@ -129,7 +136,7 @@ def depends_on(root: Expr, leaf: Expr) -> bool:
     return any(e is leaf for e in walk(root))
 
 
-_SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/", "matmul": "@"}
+_SIGNS = {"add": "+", "shift": "+", "sub": "-", "mul": "*", "div": "/", "matmul": "@"}
 _NAMES = {"weight": "W", "bias": "b", "merged": "W'", "x": "x", "y": "y", "x0": "x0", "zeros": "0"}
 _SEEN = {"comoment": "comoment(x)", "moment": "moment(x)", "gradient": "gradient(W)"}
 _LONGEST = 400

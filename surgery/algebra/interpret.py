@@ -356,7 +356,13 @@ class Interpreter(Evaluator):
             moved = self._activation_equations(equations, x)[OUTPUT]
             return self.add(self._wide(moved), self._wide(known[OUTPUT]), -1)
         change = difference(equations.output or OUTPUT, OUTPUT)
-        return None if change is None else self._activation(change, known)
+        return None if change is None else self.change(change, known)
+
+    def change(self, change: Expr, known: dict[Expr, Vector]) -> Vector:
+        """How much an output is moved; a vector [n] moves each token alike."""
+        if change.is_activation:
+            return self.activation(change, known)
+        return Vector(self.value(change))
 
     def _activation_equations(self, equations: Equations, x: Vector) -> dict[Expr, Vector]:
         """X as it came, x' and y', each by what an equation has for it."""
@@ -364,7 +370,7 @@ class Interpreter(Evaluator):
         known: dict[Expr, Vector] = {ORIGIN: x, INPUT: x}
         if equations.input is not None:
             # Over what came, so that nothing made of it is taken for what is made of x'.
-            known[INPUT] = self._activation(substitute(equations.input, {INPUT: ORIGIN}), known)
+            known[INPUT] = self.activation(substitute(equations.input, {INPUT: ORIGIN}), known)
         site = self._plain(self.apply(weight, known[INPUT]))
         offset = bias if self.has_bias or bias is not BIAS else None
         if site.offset is not None:
@@ -372,9 +378,10 @@ class Interpreter(Evaluator):
         known[OUTPUT] = self._settled(replace(site, offset=offset))
         if equations.output is None:
             return known
-        return {**known, OUTPUT: self._activation(equations.output, known)}
+        return {**known, OUTPUT: self.activation(equations.output, known)}
 
-    def _activation(self, expr: Expr, known: dict[Expr, Vector]) -> Vector:
+    def activation(self, expr: Expr, known: dict[Expr, Vector]) -> Vector:
+        """What an expression of x and y comes to, where these are known. Raises Unlowerable."""
         if expr not in known:
             known[expr] = self._act(expr, known)
         return known[expr]
@@ -383,9 +390,9 @@ class Interpreter(Evaluator):
         match expr.op:
             case "matmul":
                 matrix = make("transpose", expr.args[1])
-                return self._settled(self.apply(matrix, self._activation(expr.args[0], known)))
+                return self._settled(self.apply(matrix, self.activation(expr.args[0], known)))
             case "scale":
-                scaled = self.scale(expr.args[0], self._activation(expr.args[1], known))
+                scaled = self.scale(expr.args[0], self.activation(expr.args[1], known))
                 if scaled is None:
                     raise Unlowerable("x is read in patches here, and cannot be scaled by element")
                 return scaled
@@ -405,7 +412,7 @@ class Interpreter(Evaluator):
     def _operand(self, expr: Expr, known: dict[Expr, Vector]) -> Vector:
         if not expr.is_activation:
             return Vector(self.value(expr))
-        features = self.features(self._activation(expr, known))
+        features = self.features(self.activation(expr, known))
         if features is None:
             raise Unlowerable(
                 "x is not a vector of features here; multiply it by a matrix before anything else"

@@ -30,6 +30,9 @@ def mixed(terms: Terms, has_bias: bool) -> Derived:
             return derive(alone, has_bias)
         case _:
             known = [(factor, derive(equations, has_bias)) for factor, equations in terms]
+    kind = terms[0][1].kind
+    if kind.unmerged:
+        return derive(Equations(_parameters(e for _, e in terms), kind=kind), has_bias, terms)
     straight = [(factor, d.merged) for factor, d in known if d.merged is not None and _runs(d)]
     beside = tuple((factor, d.equations) for factor, d in known if not _runs(d))
     part = _sum(straight, has_bias)

@@ -229,6 +229,7 @@ _ROWS: tuple[Op, ...] = (
         apply_work=_columns,
     ),
     Op("scale", shapes.scale, values.mul, tokenwise=True),
+    Op("shift", shapes.scale, values.add, tokenwise=True),
     Op("channelwise", shapes.channelwise, values.channelwise),
     Op("diag", shapes.diag, values.diag, applying.diag, None, _T),
     Op(

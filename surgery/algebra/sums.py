@@ -8,7 +8,10 @@ from surgery.algebra.rules import constant, is_zero, make
 
 
 def difference(changed: Expr, base: Expr) -> Expr | None:
-    """`changed - base`, by leaving the base out where it is a summand; None for no difference."""
+    """`changed - base`, by leaving the base out where it is a summand; None for no difference.
+
+    Of activations it may be a vector, which is the same for each token.
+    """
     if changed is base or (is_zero(base) and is_zero(changed)):
         return None
     if is_zero(base):
@@ -16,6 +19,10 @@ def difference(changed: Expr, base: Expr) -> Expr | None:
     if not _has_summand(changed, base):
         return make("sub", changed, base)  # a - b
     left, right = changed.args
+    if changed.op == "shift":
+        rest = difference(right, base)
+        # (y + v) - y = v, for each token
+        return left if rest is None else make("shift", left, rest)
     if changed.op == "add" and not _has_summand(left, base):
         left, right = right, left
     rest = difference(left, base)
@@ -50,6 +57,8 @@ def _has_summand(expr: Expr, base: Expr) -> bool:
     """Whether an expression is a sum of the base and something of its shape."""
     if expr is base:
         return True
+    if expr.op == "shift":
+        return _has_summand(expr.args[1], base)
     if expr.op not in ("add", "sub") or any(a.shape != expr.shape for a in expr.args):
         return False
     sides = expr.args if expr.op == "add" else expr.args[:1]

@@ -9,8 +9,9 @@ from typing import cast
 from surgery.algebra import scalars
 from surgery.algebra.axes import Scalar, Size, size
 from surgery.algebra.chance import TOGETHER
-from surgery.algebra.equations import FACTS, SITE, SIZES
+from surgery.algebra.equations import FACTS
 from surgery.algebra.expr import CHANNELS, IN, Attribute, Expr, number
+from surgery.algebra.kinds import MATRIX, Kind
 from surgery.algebra.ops import OPS
 from surgery.algebra.rules import make
 from surgery.algebra.scalars import Open, Scalars, as_number, guarded, kind, unknown_name
@@ -63,10 +64,16 @@ class Tensors(Scalars):
     def __init__(
         self, arguments: Mapping[str, object], decide: scalars.Decide = scalars.undecided
     ) -> None:
-        """Evaluate over a method's arguments and the site's names; see `Scalars`."""
-        self.scope: dict[str, object] = {**SIZES, **SITE, **FACTS, **arguments}
+        """Evaluate over a method's arguments and, once `at` was called, a site's; see `Scalars`."""
+        self.scope: dict[str, object] = {**FACTS, **arguments}
         self.drops: dict[Expr, Span] = {}
+        self.kind: Kind = MATRIX
         super().__init__(self.scope, decide)
+
+    def at(self, kind: Kind) -> None:
+        """Let the names of a kind of site be known."""
+        self.kind = kind
+        self.scope |= {n: value for n, value in kind.names.items() if n not in self.scope}
 
     def tensor(self, expr: ast.Expression) -> Expr:
         """The value as a tensor; a number becomes a constant."""
@@ -117,7 +124,15 @@ class Tensors(Scalars):
             exponent = size(as_number(right, expr.right))
             return self.build(expr, op, self.as_tensor(left, expr.left), exponent=exponent)
         a, b = self.as_tensor(left, expr.left), self.as_tensor(right, expr.right)
+        if op in ("add", "sub") and _is_shift(a, b):
+            return self._shifted(expr, op, a, b)
         return self._times(expr, a, b) if op == "mul" else self.build(expr, op, a, b)
+
+    def _shifted(self, expr: ast.Binary, op: str, a: Expr, b: Expr) -> Expr:
+        """A vector that is added to each token of an activation, or taken from it."""
+        negative = (make("neg", b) if op == "sub" else b) if activation(a) else b
+        vector, tokens = (a, negative) if activation(b) else (negative, a)
+        return self.build(expr, "shift", vector, tokens)
 
     def _product(self, expr: ast.Binary, left: object, right: object) -> Expr:
         if isinstance(right, _Drop) and isinstance(left, Expr) and left.shape:
@@ -263,6 +278,11 @@ class Tensors(Scalars):
 
 def _form(expr: ast.Call, spelled: Sequence[str]) -> str:
     return f"{expr.function}({', '.join(spelled)}) is what is meant"
+
+
+def _is_shift(left: Expr, right: Expr) -> bool:
+    """Whether one is an activation, and the other a vector."""
+    return any(activation(a) and len(b.shape) == 1 for a, b in ((left, right), (right, left)))
 
 
 def _is_tensor(value: object) -> bool:

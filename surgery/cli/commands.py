@@ -295,8 +295,10 @@ def compile_(
         compiled = surgery.compile(read, base, seed=seed, values=values, data=batches)
         step("writing")
         saved = _save(compiled, output)
-        lines = [str(compiled.plan), "", *_written(saved)]
-        result.data = {**compiled.plan.as_json(), "saved": [*map(_saved_json, saved)]}
+        made = compiled.compositions.values()
+        lines = [str(compiled.plan), *(one.summary for one in made), "", *_written(saved)]
+        more = {"saved": [*map(_saved_json, saved)], "made": [one.as_json() for one in made]}
+        result.data = {**compiled.plan.as_json(), **more}
         if program is not None:
             from surgery.integrations.programs import save_program
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from surgery.cli.inputs import check_output, read_model
+from surgery.cli.inputs import NewOption, TrustOption, check_output, read_model
 from surgery.cli.output import JsonOption, command, steps
 
 if TYPE_CHECKING:
@@ -22,9 +21,6 @@ ExpressionArgument = Annotated[
 AdaptersOption = Annotated[
     list[str],
     typer.Option("--adapter", "-a", metavar="NAME=DIR", help="A saved adapter; repeatable."),
-]
-OutOption = Annotated[
-    Path, typer.Option("--output", "-o", metavar="OUT", help="The folder to write, a new one.")
 ]
 HowOption = Annotated[
     str,
@@ -56,13 +52,12 @@ NameOption = Annotated[
 ForceOption = Annotated[
     bool, typer.Option("--force", help="Compose what was made on different bases all the same.")
 ]
-TrustOption = Annotated[bool, typer.Option("--trust", help="Let MODEL run code (python:…).")]
 
 
 def compose(
     expression: ExpressionArgument,
     adapter: AdaptersOption,
-    output: OutOption,
+    output: NewOption,
     how: HowOption = "cat",
     rank: RankOption = None,
     to: ToOption = None,

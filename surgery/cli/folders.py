@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from surgery.cli.inputs import check_output, read_model
+from surgery.cli.inputs import NewOption, TrustOption, check_output, read_model
 from surgery.cli.output import JsonOption, command, steps
 from surgery.errors import SurgeryError
 
@@ -28,16 +28,12 @@ RankOption = Annotated[
     int | None,
     typer.Option(metavar="R", help="Of a method: the rank where the equation has no exact one."),
 ]
-OutOption = Annotated[
-    Path, typer.Option("--output", "-o", metavar="OUT", help="The folder to write, a new one.")
-]
-TrustOption = Annotated[bool, typer.Option("--trust", help="Let MODEL run code (python:…).")]
 
 
 def convert(
     folder: FolderArgument,
     model: ForArgument,
-    output: OutOption,
+    output: NewOption,
     to: ToOption = "peft",
     rank: RankOption = None,
     trust: TrustOption = False,
@@ -88,7 +84,7 @@ AimOption = Annotated[
 def extract(
     base: BaseArgument,
     tuned: TunedArgument,
-    output: OutOption,
+    output: NewOption,
     rank: MostOption,
     match: MatchOption = "*",
     to: AimOption = None,

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sized
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
     from surgery.cli.output import Steps
     from surgery.language.syntax import Spec
+
+NewOption = Annotated[
+    Path, typer.Option("--output", "-o", metavar="OUT", help="The folder to write, a new one.")
+]
+TrustOption = Annotated[bool, typer.Option("--trust", help="Let MODEL run code (python:…).")]
 
 _LITERAL = re.compile(r"(?:^|\s)match\s")
 _TITLE = 60  # characters

@@ -213,7 +213,7 @@ def write_base(folder: Path, model: nn.Module, base: str | None) -> None:
 
 # ------------------------------------------------------------------------------ both together
 
-_AUTO = {
+AUTO = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -282,7 +282,7 @@ def _of_config(config: Mapping[str, object]) -> Base:
     """What a config of peft's says of its base."""
     mapping = config.get("auto_mapping")
     stated = cast("dict[str, object]", mapping if isinstance(mapping, dict) else {})
-    cls = _text(stated, "base_model_class") or _AUTO.get(_text(config, "task_type"), "")
+    cls = _text(stated, "base_model_class") or AUTO.get(_text(config, "task_type"), "")
     return Base(_text(config, _NAME), _text(config, _REVISION) or None, cls)
 
 
@@ -330,4 +330,4 @@ def _own_class(name: str) -> Any:
     return getattr(library, names[0])
 
 
-__all__ = ["BASE", "SavedBase", "from_pretrained", "save_base", "save_pretrained"]
+__all__ = ["AUTO", "BASE", "SavedBase", "from_pretrained", "save_base", "save_pretrained"]

@@ -364,17 +364,21 @@ def named(spec: ast.Spec, name: str | None) -> ast.Spec:
     check_name(name)
     plain = [s for s in spec.statements if isinstance(s, ast.Match | ast.Train)]
     blocks = [s for s in spec.statements if isinstance(s, ast.Adapter)]
-    names = [DEFAULT_ADAPTER] * bool(plain) + [block.name for block in blocks]
+    made = [s for s in spec.statements if isinstance(s, ast.Derived)]
+    names = [DEFAULT_ADAPTER] * bool(plain) + [one.name for one in (*blocks, *made)]
     if len(set(names)) > 1:
         shown = ", ".join(f"`{n}`" for n in names)
         hint = "add each of them with a spec of its own, or leave them the names they have"
         refuse("E443", f"`{name}` cannot be the name of {shown}", hint=hint)
     body = (*plain, *(one for block in blocks for one in block.body))
-    if not body:
+    if not body and not made:
         return spec
-    given = (ast.Match, ast.Train, ast.Adapter)
+    given = (ast.Match, ast.Train, ast.Adapter, ast.Derived)
     rest = tuple(s for s in spec.statements if not isinstance(s, given))
-    return ast.Spec((*rest, ast.Adapter(name, body, span=body[0].span)), span=spec.span)
+    if body:
+        return ast.Spec((*rest, ast.Adapter(name, body, span=body[0].span)), span=spec.span)
+    again = (ast.Derived(name, s.expression, s.way, span=s.span) for s in made)
+    return ast.Spec((*rest, *again), span=spec.span)
 
 
 __all__ = ["ConfigLike", "Verbs", "config_of", "enable", "named"]

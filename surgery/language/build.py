@@ -14,6 +14,11 @@ from surgery.language import syntax as ast
 Builder = Callable[[Span, Sequence[Any]], Any]
 
 
+def _made(form: type[ast.Node]) -> Builder:
+    """What a form is made of, in the order of its fields."""
+    return lambda span, children: form(*children, span=span)
+
+
 def _only(kind: type | tuple[type, ...], children: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(c for c in children if isinstance(c, kind))
 
@@ -137,12 +142,9 @@ def _adapter(span: Span, children: Sequence[Any]) -> ast.Adapter:
     return ast.Adapter(str(children[0]), _only((ast.Match, ast.Train), children), span=span)
 
 
-def _activate(span: Span, children: Sequence[Any]) -> ast.Activate:
-    return ast.Activate(children[0], span=span)
-
-
-def _live_then(span: Span, children: Sequence[Any]) -> ast.LiveThen:
-    return ast.LiveThen(children[0], children[1], span=span)
+def _derived(span: Span, children: Sequence[Any]) -> ast.Derived:
+    name, expression, *way = children
+    return ast.Derived(str(name), expression, way[0] if way else None, span=span)
 
 
 def _first_text(span: Span, children: Sequence[Any]) -> str:
@@ -163,22 +165,6 @@ def _glob(span: Span, children: Sequence[Any]) -> ast.Glob:
 
 def _role_of(span: Span, children: Sequence[Any]) -> ast.Role:
     return ast.Role(str(children[0])[1:], span=span)
-
-
-def _rows_of(span: Span, children: Sequence[Any]) -> ast.Rows:
-    return ast.Rows(*children, span=span)
-
-
-def _either(span: Span, children: Sequence[Any]) -> ast.Either:
-    return ast.Either(*children, span=span)
-
-
-def _both(span: Span, children: Sequence[Any]) -> ast.Both:
-    return ast.Both(*children, span=span)
-
-
-def _complement(span: Span, children: Sequence[Any]) -> ast.Complement:
-    return ast.Complement(*children, span=span)
 
 
 def _scope(span: Span, children: Sequence[Any]) -> ast.Scope:
@@ -395,16 +381,18 @@ BUILDERS: Mapping[str, Builder] = {
     "param": _param,
     "let": _let,
     "adapter": _adapter,
-    "activate": _activate,
-    "live_then": _live_then,
+    "derived": _derived,
+    "way": _call,
+    "activate": _made(ast.Activate),
+    "live_then": _made(ast.LiveThen),
     "type": _first_text,
     "regex": _regex,
     "glob": _glob,
     "role_of": _role_of,
-    "rows_of": _rows_of,
-    "either": _either,
-    "both": _both,
-    "without": _complement,
+    "rows_of": _made(ast.Rows),
+    "either": _made(ast.Either),
+    "both": _made(ast.Both),
+    "without": _made(ast.Complement),
     "use": _use,
     "scope": _scope,
     "step": _step,

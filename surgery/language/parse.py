@@ -280,4 +280,4 @@ def _unnamed(part: Any, source: Source, base: int) -> Iterator[Diagnostic]:
         if child.data != "keyword":
             span = _span(child, source, base)
             hint = f"write the name of the argument before it: `NAME = {span.text}`"
-            yield Diagnostic("E008", "a method's arguments are given by name", span, hint=hint)
+            yield Diagnostic("E008", "arguments are given by name", span, hint=hint)

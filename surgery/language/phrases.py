@@ -301,6 +301,13 @@ def _let(node: ast.Let, level: int = _EXPRESSION) -> Doc:
     return (f"let {node.name} = ", _at(level, node.value))
 
 
+def _derived(node: ast.Derived) -> Doc:
+    """On one line, or broken within the expression, and before the way."""
+    expression = Nest(phrase(node.expression))
+    way: Doc = "" if node.way is None else Group(Nest((SPACE, "by ", _called(node.way))))
+    return (f"adapter {node.name} = ", expression, way)
+
+
 def _activate(node: ast.Activate) -> Doc:
     return ("activate ", Nest(phrase(node.expression)))
 
@@ -403,6 +410,7 @@ PHRASES: Mapping[type[ast.Node], Callable[[Any], Doc]] = {
     ast.Train: _train,
     ast.Param: _param,
     ast.Let: _let,
+    ast.Derived: _derived,
     ast.Activate: _activate,
     ast.LiveThen: _live_then,
     ast.Use: _use,

@@ -247,6 +247,19 @@ class Adapter(Node):
 
 
 @node
+class Derived(Node):
+    """`adapter c = 0.7*a + 0.3*b by svd(rank = 8)`: an adapter that is made of others.
+
+    A name in the expression is an adapter, or else a `param` or `let`. way: how they become one,
+    with its arguments by name; None where that is not said.
+    """
+
+    name: str
+    expression: Expression
+    way: Call | None = None
+
+
+@node
 class Activate(Node):
     """`activate 0.7*a + 0.3*b`: what is live after compilation.
 
@@ -371,7 +384,7 @@ class Format(Node):
     tensors: tuple[Tensor, ...]
 
 
-Statement = Match | Train | Param | Let | Adapter | Activate | Method | Format | Use
+Statement = Match | Train | Param | Let | Adapter | Derived | Activate | Method | Format | Use
 
 
 @node

@@ -61,7 +61,7 @@ def facts_of(index: int, region: Region, inventory: Inventory, one: Candidate) -
     }
     if layer is not None:
         facts["layer"] = layer
-    if one.kind is not None and not at.tensor:
+    if one.kind is not None and not at.tensor and not at.kind:
         sizes = sizes_of(one.kind, entry.module, at)
         facts |= {"in": sizes.fan_in, "out": sizes.fan_out}
     if weight is not None:

@@ -7,14 +7,14 @@ it set is enough to see, and the code that knows it is imported by name when it 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MethodType
 from typing import Protocol, cast
 
 import torch
 from torch import nn
 
-from surgery.model.holder import every_module
+from surgery.model.holder import every_module, parameters_of
 from surgery.model.layers import LayerKind, weight_kind_of
 from surgery.model.sharded import MANAGED
 from surgery.model.stored import Storage
@@ -139,15 +139,22 @@ def replaced_forward(module: nn.Module) -> bool:
 def execution_device(module: nn.Module) -> torch.device:
     """Where a site's computation runs, hence where its adapters belong; meta if not known yet.
 
-    For an offloaded site this is its hook's device, though its weight rests on meta.
+    For an offloaded site this is its hook's device, though its weight rests on meta. What has no
+    parameters of its own runs where the first below it does that has some.
     """
+    module = next(
+        (one for one in every_module(module) if next(_own(one), None) is not None), module
+    )
     integration = integration_of(module)
     found = None if integration is None else integration.execution_device(module)
     if found is not None:
         return found
     # Not as an attribute: that may be computed, from adapters on the very device that is asked for.
-    own = (p for p in vars(module)["_parameters"].values() if p is not None)
-    return cast(nn.Parameter, next(own)).device
+    return next(_own(module)).device
+
+
+def _own(module: nn.Module) -> Iterator[nn.Parameter]:
+    return (p for p in parameters_of(module).values() if p is not None)
 
 
 def adopt(model: nn.Module) -> None:

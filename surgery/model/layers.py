@@ -62,8 +62,9 @@ class Geometry:
 
 InputForm = Literal["features", "patches", "indices"]
 
-Mode = Literal["call", "value"]
-"""How an adapter reaches a layer: its call is rewritten, or the weight that its own code reads."""
+Mode = Literal["call", "value", "around"]
+"""How an adapter reaches a layer: its call is rewritten, or the weight that its own code reads, or
+the call is left as it is, and what goes in or comes out is changed."""
 
 
 @dataclass(frozen=True, slots=True)

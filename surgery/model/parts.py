@@ -100,6 +100,7 @@ class ParameterSlice:
     index: the matrix of a batch, if it is one of them alone.
     part: the rows, if not all.
     tensor: whether it is no matrix, but the parameter as it lies, of any number of axes.
+    kind: the kind of site that it is, where it is nothing that a parameter holds.
     picked: of a parameter as it lies the entries of its first axis, in their order, if not all.
     """
 
@@ -109,10 +110,13 @@ class ParameterSlice:
     part: Part | None = None
     tensor: bool = False
     picked: tuple[int, ...] = ()
+    kind: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
         """What it is called below its module: nothing, where it is the matrix of its `weight`."""
+        if self.kind:
+            return (self.kind,)
         whole = self.parameter == "weight" and not self.tensor
         own = () if whole else (self.parameter,)
         index = () if self.index is None else (str(self.index),)
@@ -146,7 +150,7 @@ class ParameterSlice:
 
     def meets(self, other: ParameterSlice) -> bool:
         """Whether two slices of one module have some element in common."""
-        if self.parameter != other.parameter:
+        if (self.parameter, self.kind) != (other.parameter, other.kind):
             return False
         if self.picked and other.picked:
             return not set(self.picked).isdisjoint(other.picked)

@@ -12,6 +12,7 @@ from surgery.algebra.mentions import nodes
 from surgery.errors import Report, Span
 from surgery.language import syntax as ast
 from surgery.model.bare import beside
+from surgery.model.called import POOLS
 from surgery.model.candidates import Candidate, candidates, parts_of
 from surgery.model.facts import Holds, facts_of, nearest_word, values_asked
 from surgery.model.inventory import Entry, Inventory
@@ -104,10 +105,12 @@ class View:
         roles: tuple[str, ...],
         names: Names,
         verb: ast.Verb | None = None,
+        kind: str = "",
     ) -> View:
-        """Some regions of a model: the candidates in order, each with the first it lies in."""
-        if verb is not None:
-            return View(inventory, tensors(inventory, regions, verb), text, roles, names, verb)
+        """The candidates in some regions in order, each with the first of them; see `select`."""
+        if verb is not None or kind:
+            pool = tensors(inventory, regions, verb) if verb else POOLS[kind](inventory, regions)
+            return View(inventory, pool, text, roles, names, verb)
         found: dict[tuple[int, int | None, int | None], Region] = {}
         for region in regions:
             for index in inventory.below(region.entry):

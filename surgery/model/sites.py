@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from surgery.errors import Report, Span
 from surgery.language import syntax as ast
+from surgery.model import called
 from surgery.model.bare import out_of_reach
 from surgery.model.bypassed import read_by
 from surgery.model.candidates import kind_at
@@ -47,10 +48,12 @@ def select(
     holds: Holds,
     tie: ast.Tie | None = None,
     verb: ast.Verb | None = None,
+    kind: str = "",
 ) -> tuple[Site, ...]:
     """The sites that `S in SCOPE where COND except S expect N` means, in module order.
 
-    verb: `train` or `save`, behind which they are parameters as they lie.
+    verb: `train` or `save`, behind which they are parameters as they lie. kind: of sites that are
+    nothing which a parameter holds.
 
     `names` evaluates an index or a count; None says that it has reported why it cannot. What is
     wrong goes to `report` (E201 to E214), and the sites that are right are given all the same.
@@ -62,7 +65,7 @@ def select(
     paths: list[str] = []
     if regions is not None and (selection.optional or not mine.failed):
         text = _scope_text(selection.scopes)
-        view = View.of(inventory, regions, text, roles_named(selection), names, verb)
+        view = View.of(inventory, regions, text, roles_named(selection), names, verb, kind)
         found = chosen(selection, view, mine, holds)
         sites = _admit(found, selection.selector.span, inventory, mine, tie)
         paths = [site.path for site in sites]
@@ -100,12 +103,19 @@ def _admit(
     for (first, at), answers in found.items():
         entry = inventory.entries[first]
         index, region, one = answers[0]
+        layer = inventory.entries[index].layer if region.layer is None else region.layer
+        if at.kind:
+            objection = called.objection(first, inventory)
+            if objection:
+                refused.setdefault(("E209", objection), []).append((entry, at))
+            else:
+                sites.append(called.call_site(first, layer, region.container, inventory))
+            continue
         refusal = _refusal(entry, one.kind, at, inventory, tie)
         if refusal is not None or one.kind is None:
             assert refusal is not None
             refused.setdefault(refusal, []).append((entry, at))
             continue
-        layer = inventory.entries[index].layer if region.layer is None else region.layer
         mode = _mode(entry, one.kind, at, [index for index, _, _ in answers], inventory)
         if mode == "value" and _is_packed(entry, at):
             refused.setdefault(("E209", _UNREACHED), []).append((entry, at))
@@ -138,6 +148,12 @@ def admit(
     None where E207 to E209 was reported for it, or E306 for a slice that it does not have.
     """
     entry = inventory.entries[index]
+    if at.kind:
+        objection = called.objection(index, inventory)
+        if not objection:
+            return called.call_site(index, entry.layer, None, inventory)
+        _report_refusal("E209", objection, _OF_ANOTHER, [entry.path], span, report)
+        return None
     kind = kind_at(entry, at)
     if parameters_of(entry.module).get(at.parameter) is None or not _fits(entry, kind, at):
         message = f"`{entry.path}` has no {'.'.join(at.names) or at.parameter}"
@@ -251,7 +267,7 @@ def _no_tensor(entry: Entry, at: ParameterSlice) -> str:
 
 def _path_at(entry: Entry, at: ParameterSlice) -> str:
     """What is refused: a module, or a parameter of it."""
-    own = at.tensor or at.parameter != "weight"
+    own = at.tensor or (at.parameter != "weight" and not at.kind)
     return joined(entry.path, at.parameter) if own else entry.path
 
 

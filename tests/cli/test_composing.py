@@ -85,3 +85,33 @@ def test_what_is_wrong_is_said(folders: Path) -> None:
     assert there.exit_code == 1
     assert "E520" in there.output
     assert not (folders / "out").exists()
+
+
+def test_a_spec_makes_one_of_several_and_each_has_a_folder(bert: Path, tmp_path: Path) -> None:
+    spec, out = tmp_path / "spec.peft", tmp_path / "out"
+    spec.write_text(
+        "method far(r: int) on matrix {\n"
+        "  train A[r, in] ~ normal(std = 1)\n"
+        "  train B[out, r] ~ normal(std = 1)\n"
+        "  W' = W + B @ A\n"
+        "}\n"
+        "adapter a { match query apply far(r=2) }\n"
+        "adapter b { match query | value apply far(r=3) }\n"
+        "adapter c = 0.7*a + 0.3*b by svd(rank = 3)\n"
+    )
+    result = run("compile", spec, bert, "-o", out)
+    assert result.exit_code == 0, result.output
+    assert "made of other adapters: c = 0.7*a + 0.3*b by svd(rank = 3)" in result.stdout
+    assert "c = 0.7*a + 0.3*b, svd: off the sum of the changes by" in result.stdout
+    assert sorted(path.name for path in out.iterdir()) == ["a", "b", "c"]
+    compiled = surgery.attach(out / "c", load_model(str(bert)))
+    assert {s.form.named for s in compiled.plan.sites} == {"far"}
+    result = run("compile", spec, bert, "-o", out, "--force", "--json")
+    data = json.loads(result.stdout)
+    assert [one["adapter"] for one in data["made"]] == ["c"]
+    assert 0 < data["made"][0]["error"] < 1
+    assert [one["adapter"] for one in data["saved"]] == ["a", "b", "c"]
+    result = run("fmt", "--diff", spec)
+    assert "+adapter c = 0.7 * a + 0.3 * b by svd(rank = 3)" in result.stdout
+    assert run("check", "match query apply lora(r=2) adapter c = d").exit_code == 0
+    assert run("check", "match query apply lora(r=2) adapter c = c").exit_code == 1

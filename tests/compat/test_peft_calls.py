@@ -300,6 +300,21 @@ def test_a_budget_shrinks_as_it_does_with_peft() -> None:
     assert seen[1] == pytest.approx(seen[0], abs=1e-4)
 
 
+def test_an_adapter_that_comes_under_a_name_of_one_that_went_has_a_budget_of_its_own() -> None:
+    def config() -> Any:
+        given = {"init_r": 4, "target_r": 2, "total_step": 5, "target_modules": ["q_proj"]}
+        return ours.AdaLoraConfig(task_type="CAUSAL_LM", **given)
+
+    model = ours.get_peft_model(causal(), config())
+    model.add_adapter("other", config())
+    first = model.base_model._budget()
+    assert model.base_model._budget() is first
+    model.delete_adapter("default")
+    model.add_adapter("default", config())
+    model.set_adapter("default")
+    assert model.base_model._budget() is not first
+
+
 def test_a_model_of_two_texts_is_trained_saved_and_generates_as_with_peft(tmp_path: Path) -> None:
     both = wrapped(
         seq2seq,
@@ -406,6 +421,18 @@ def test_adapters_are_saved_and_loaded_in_folders_of_their_names(tmp_path: Path)
         close(again.eval()(input_ids=TOKENS).logits, expected, atol=1e-4)
     with pytest.raises(StateError, match="no adapter `c`"):
         model.save_pretrained(tmp_path, selected_adapters=["c"])
+
+
+def test_what_cannot_be_merged_leaves_live_what_was() -> None:
+    model, _ = two(ours)
+    model.set_adapter("blue")
+    for value in surgery.of(model.get_base_model()).parameters("red").values():
+        value.data.fill_(float("nan"))
+    expected = model(input_ids=TOKENS).logits
+    with pytest.raises(StateError, match="E430"):
+        model.merge_adapter(["red"], safe_merge=True)
+    assert model.active_adapter == "blue"
+    assert torch.equal(model(input_ids=TOKENS).logits, expected)
 
 
 def test_what_is_merged_is_a_plain_model_that_is_saved_and_read_again(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from blocks import IN, MIDDLE, OUT, Model
 from torch import Tensor, nn
 
 from surgery.integrations import accelerate as integration
@@ -20,35 +21,7 @@ from surgery.model.parts import WHOLE
 accelerate = pytest.importorskip("accelerate")
 hooks = pytest.importorskip("accelerate.hooks")
 
-IN, MIDDLE, OUT, RANK, BATCH = 7, 11, 5, 3, 2
-
-
-class Block(nn.Module):
-    """A block with two linear layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(IN, MIDDLE)
-        self.down = nn.Linear(MIDDLE, IN, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., IN] to the same."""
-        return x + self.down(torch.tanh(self.up(x)))
-
-
-class Model(nn.Module):
-    """Two blocks and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([Block(), Block()])
-        self.head = nn.Linear(IN, OUT)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., IN] to [..., OUT]."""
-        for layer in self.layers:
-            x = layer(x)
-        return self.head(x)
+RANK, BATCH = 3, 2
 
 
 class Mounted(nn.Linear):
@@ -92,7 +65,7 @@ def unload(model: nn.Module) -> None:
 
 
 def fresh() -> Model:
-    model, generator = Model(), torch.Generator().manual_seed(0)
+    model, generator = Model(bias=False), torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         parameter.copy_(torch.randn(parameter.shape, generator=generator))

@@ -18,6 +18,7 @@ STATEMENTS = [
     "optional match q apply m()",
     "match /(/ | (/[(/ & not /{/) apply m(r = (1) / 2 / 3)",
     "activate a + 2 * (b then c)",
+    "adapter c = a + 2 * (b then c) by m(r = (1))",
     "match q in /(/[0:(n / 2)] | /[[]/ where (a / (b)) except /]/ & (/)/ | k) apply m()",
     "match (/(let/ | match) in let where in apply m()",
     'use "match ("',

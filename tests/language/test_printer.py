@@ -59,6 +59,9 @@ adapter code {
     expect 3 * rank
 }
 
+adapter both = 0.7 * default - (code then default) / rank by svd(rank = 2 * rank)
+adapter same = 1.0 * code
+
 activate 0.7 * default - (code then default) / rank
 
 method own(r: int = 8, alpha: float) on matrix {
@@ -213,6 +216,7 @@ mixes = st.recursive(
     ),
     max_leaves=6,
 )
+ways = made(ast.Call, names, st.just(()), some(made(ast.Keyword, names, expressions)))
 lets = made(ast.Let, names, expressions)
 beginnings = made(ast.Draw, calls(expressions)) | expressions
 flags = (st.booleans(), st.booleans())
@@ -240,6 +244,7 @@ statements = st.one_of(
     made(ast.Use, texts),
     made(ast.Adapter, names, some(matches | trains)),
     made(ast.Activate, mixes),
+    made(ast.Derived, names, mixes, st.none() | ways),
     made(ast.Method, names, some(arguments), names, some(items)),
     made(ast.Format, names, names, some(fields), some(tensors)),
 )

@@ -22,7 +22,7 @@ from support import bits
 from torch import Tensor, nn
 
 import surgery
-from surgery.language.library import Library
+from surgery.supported import names_on
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:save_precomputed_indices=False:UserWarning"),
@@ -153,7 +153,7 @@ def test_what_peft_saves_is_the_same_model_both_ways(case: Case, tmp_path: Path)
 
 def test_every_method_has_a_row() -> None:
     rows = {row.method for row in ROWS}
-    assert rows | ELSEWHERE.keys() == set(Library.standard().names())
+    assert rows | ELSEWHERE.keys() == set(names_on("matrix"))
     assert not rows & ELSEWHERE.keys()
 
 

@@ -21,6 +21,7 @@ from surgery.compat.peft.model import (
     PeftModelForTokenClassification,
 )
 from surgery.errors import refuse
+from surgery.integrations.pretrained import AUTO
 from surgery.mapping.forms import shown
 
 _TOKENIZER = "tokenizer_config.json"
@@ -31,7 +32,6 @@ class AutoPeftModel:
     """The base that a folder names, in the class that its config names, with the adapter on it."""
 
     around: ClassVar[type[PeftModel]] = PeftModel
-    base: ClassVar[str] = ""
 
     @classmethod
     def from_pretrained(
@@ -72,9 +72,8 @@ class AutoPeftModel:
             hint = "write it into its config, or use PeftModel.from_pretrained with the model"
             refuse("E564", f"{folder / CONFIG} has no `base_model_name_or_path`", hint=hint)
         given = {name: value for name, value in options.items() if value is not None}
-        model = getattr(hf, cls.base or _class_named(config, folder)).from_pretrained(
-            named, **given
-        )
+        built = AUTO.get(str(cls.around.task)) or _class_named(config, folder)
+        model = getattr(hf, built).from_pretrained(named, **given)
         if (folder / _TOKENIZER).is_file():
             tokenizer = hf.AutoTokenizer.from_pretrained(folder)
             model.resize_token_embeddings(len(tokenizer))
@@ -83,11 +82,10 @@ class AutoPeftModel:
 
 def _class_named(config: PeftConfig, folder: Path) -> str:
     """The class of transformers that a config names, or that its task has."""
-    task = config.task_type
-    own = next((c.base for c in AutoPeftModel.__subclasses__() if c.around.task == task), "")
+    own = AUTO.get(str(config.task_type))
     said = cast("dict[str, str]", config.auto_mapping or {})
     library = said.get("parent_library", "").partition(".")[0]
-    if task is not None and own:
+    if own is not None:
         return own
     if library != "transformers" or "base_model_class" not in said:
         hint = "use PeftModel.from_pretrained with a model of yours, or the class of its task"
@@ -99,34 +97,34 @@ def _class_named(config: PeftConfig, folder: Path) -> str:
 class AutoPeftModelForCausalLM(AutoPeftModel):
     """For models that continue a text."""
 
-    around, base = PeftModelForCausalLM, "AutoModelForCausalLM"
+    around = PeftModelForCausalLM
 
 
 class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
     """For models that turn a text into another."""
 
-    around, base = PeftModelForSeq2SeqLM, "AutoModelForSeq2SeqLM"
+    around = PeftModelForSeq2SeqLM
 
 
 class AutoPeftModelForSequenceClassification(AutoPeftModel):
     """For models that classify texts."""
 
-    around, base = PeftModelForSequenceClassification, "AutoModelForSequenceClassification"
+    around = PeftModelForSequenceClassification
 
 
 class AutoPeftModelForTokenClassification(AutoPeftModel):
     """For models that classify tokens."""
 
-    around, base = PeftModelForTokenClassification, "AutoModelForTokenClassification"
+    around = PeftModelForTokenClassification
 
 
 class AutoPeftModelForQuestionAnswering(AutoPeftModel):
     """For models that find answers."""
 
-    around, base = PeftModelForQuestionAnswering, "AutoModelForQuestionAnswering"
+    around = PeftModelForQuestionAnswering
 
 
 class AutoPeftModelForFeatureExtraction(AutoPeftModel):
     """For models of features."""
 
-    around, base = PeftModelForFeatureExtraction, "AutoModel"
+    around = PeftModelForFeatureExtraction

@@ -325,8 +325,7 @@ MODEL_TYPE_TO_PEFT_MODEL_MAPPING: Mapping[TaskType, type[PeftModel]] = {
 
 
 def _class_for(config: PeftConfig, default: type[PeftModel] = PeftModel) -> type[PeftModel]:
-    task = cast("str | None", config.task_type)
-    return default if task is None else MODEL_TYPE_TO_PEFT_MODEL_MAPPING[TaskType(task)]
+    return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, default)
 
 
 # ------------------------------------------------------------------------------------ making

@@ -206,6 +206,8 @@ class BaseTuner(nn.Module):
             self._resting = tuple(rest) if resting else ()
         compiled.delete(adapter_name)
         self.peft_config.pop(adapter_name, None)
+        if self._allocation is not None and self._allocation.adapter.name == adapter_name:
+            self._allocation = None  # one that comes under the same name has a budget of its own
 
     # --------------------------------------------------------------------------------- merging
 
@@ -221,10 +223,15 @@ class BaseTuner(nn.Module):
 
     def _merge(self, names: Sequence[str] | None, safe: bool, *, keep: bool) -> None:
         compiled = self.compiled
+        before = compiled.live
         if names is not None:
             compiled.activate(together(self.model, known(self.model, names)) or None)
-        undo = "exact" if keep else "none"
-        compiled.inverse.merge(undo=undo, allow_nonfinite=not safe)
+        try:
+            compiled.inverse.merge(undo="exact" if keep else "none", allow_nonfinite=not safe)
+        except BaseException:
+            if not compiled.merged:
+                compiled.activate(before)
+            raise
 
     def unmerge_adapter(self) -> None:
         """Take what is merged out of the weights. Raises StateError as `Inverse.unmerge` does."""
