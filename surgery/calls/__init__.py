@@ -1,0 +1,1 @@
+"""What a live model's call does with adapters that are no weights."""
