@@ -32,8 +32,8 @@ try:
     from surgery.compiling import compile_model as compile
     from surgery.errors import Diagnostic, SurgeryError
     from surgery.language.parse import parse
+    from surgery.recomputing import repeating
     from surgery.runtime import Compiled
-    from surgery.switch import repeating
 finally:
     if _collecting:
         gc.enable()

@@ -104,6 +104,9 @@ def _check_merged(state: State, name: str) -> None:
 def forget(model: nn.Module, state: State, name: str) -> None:
     """Let nothing run an adapter that is about to go, and its place in a bank be free."""
     _withdraw(model, state, name)
+    others = (one for other, one in state.adapters.items() if other != name)
+    if not any(site.form.places for one in others for site in one.sites):
+        mount.unplace(model)
     if state.switch.bank is not None:
         state.switch.bank.forget(name)
 

@@ -14,9 +14,10 @@ from typing import Any, NoReturn, cast
 from torch import Tensor, fx, nn
 
 from surgery.algebra.around import entered, left
+from surgery.calls.positions import rows_of
 from surgery.coding import SiteGraph, code_of
 from surgery.errors import refuse
-from surgery.nodes import Layer, Lowering, at_site
+from surgery.nodes import Layer, Lowering, at_site, chosen_at
 from surgery.routing import refuse_batch
 from surgery.switch import Routed
 
@@ -36,7 +37,10 @@ def lower_call(key: Lowering) -> Mapping[str, SiteGraph]:
 def _entered(key: Lowering) -> fx.Graph | None:
     layer = Layer(fx.Graph(), "x")
     interpreter, _ = at_site(key, layer)
-    made = entered(interpreter, key.form.derived.equations, cast(Tensor, layer.input))
+    x: Any = layer.input
+    made = entered(interpreter, key.form.derived.equations, x)
+    if made is not None and key.form.places:
+        made = chosen_at(key.form, cast(Any, made).to(x.dtype), x, layer)
     return None if made is None else _finished(layer.graph, made, layer.input)
 
 
@@ -45,6 +49,8 @@ def _left(key: Lowering) -> fx.Graph | None:
     x, y = layer.argument("x"), layer.argument("y")
     interpreter, _ = at_site(key, layer)
     made = left(interpreter, key.form.derived, cast(Tensor, layer.input), x, y)
+    if made is not None and key.form.places:
+        made = chosen_at(key.form, cast(Any, made).to(y.dtype), y, layer)
     return None if made is None else _finished(layer.graph, made, y)
 
 
@@ -142,9 +148,11 @@ def _made(
         refuse_batch(path, tensors[-1], len(here.samples))
     parts: list[Tensor] = []
     columns = [[part for _, part in here.split(tensor)] for tensor in tensors]
-    for (text, _), *group in zip(here.groups, *columns, strict=True):
+    rows = here.rows(tensors[-1].device)
+    for (text, _), index, *group in zip(here.groups, rows, *columns, strict=True):
         run = cast("Change | None", getattr(live[text], name)) if text in live else None
-        parts.append(group[-1] if run is None else run(module, *group))
+        with rows_of(index):
+            parts.append(group[-1] if run is None else run(module, *group))
     return here.joined(parts)
 
 

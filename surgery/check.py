@@ -14,7 +14,8 @@ from surgery.algebra.definitions import check_definition
 from surgery.algebra.filters import FACTS, Filter
 from surgery.algebra.mentions import nodes
 from surgery.algebra.names import Names
-from surgery.algebra.scalars import Decide, Scalars, did_you_mean, typed
+from surgery.algebra.places import places_of
+from surgery.algebra.scalars import Decide, Scalars, did_you_mean, plain, typed
 from surgery.algebra.ways import each_way
 from surgery.arguments import (
     SITE_NAMES,
@@ -155,6 +156,8 @@ def _resolve(
     here = replace(names, decide=_either)
     for expr in (e for match in matches for e in _counts(match.selection)):
         _try(report, lambda expr=expr: Scalars(here, _either)(expr))
+    for places in (match.at for match in matches if isinstance(match, ast.Match)):
+        _try(report, lambda at=places: places_of(at, lambda e: plain(Scalars(here, _either)(e))))
     made = _of_type(spec, ast.Derived)
     if not matches and not made:
         _no_statement(spec, report)

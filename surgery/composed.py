@@ -251,7 +251,8 @@ def _dtype(place: Place) -> torch.dtype:
 def _assignment(place: Place, links: tuple[Link, ...]) -> Assignment:
     first = place[0].site
     site, rates = first.site, first.rates if links == first.form.links else ()
-    return Assignment(site.owner, links, first.span, site.at, site.tie, rates)
+    places = first.form.places
+    return Assignment(site.owner, links, first.span, site.at, site.tie, rates, places)
 
 
 def ratio(part: float, whole: float) -> float:

@@ -181,7 +181,9 @@ def _source(plan: Plan, name: str, seed: int, tensors: Mapping[str, Tensor]) -> 
 
 def _stated(site: PlannedSite) -> Assignment:
     at = site.site
-    return Assignment(at.owner, site.form.links, site.span, at.at, at.tie, site.rates)
+    return Assignment(
+        at.owner, site.form.links, site.span, at.at, at.tie, site.rates, site.form.places
+    )
 
 
 # ---------------------------------------------------------------------------------- composing

@@ -24,7 +24,7 @@ from surgery.errors import Report
 from surgery.mixture import MixedSite, Plans, owned_parameters
 from surgery.model.parts import ENTRIES
 from surgery.model.storage import Which, name_of
-from surgery.nodes import GraphPort, Layer, Lowering, Lowerings, at_site
+from surgery.nodes import GraphPort, Layer, Lowering, Lowerings, at_places, at_site
 from surgery.plan import Plan, PlannedSite
 from surgery.planned import SharedKey
 
@@ -195,13 +195,14 @@ def _build(keys: Lowerings) -> fx.Graph:
 def _site_nodes(key: Lowering, layer: Layer) -> Any:
     """The output of one site, features last."""
     interpreter, port = at_site(key, layer)
-    return _finished(interpreter.run(key.form.derived, cast(Tensor, layer.input)), port)
+    y = _finished(interpreter.run(key.form.derived, cast(Tensor, layer.input)), port)
+    return at_places(key.form, y, port) if key.form.places else y
 
 
 def _changes(key: Lowering, which: Which) -> bool:
     """Whether an adapter changes a parameter of a layer. Raises `Unlowerable` if there is no W'."""
     merged = key.form.derived.merged
-    if merged is None:
+    if merged is None or key.form.places:
         raise Unlowerable(key.form.derived.reason)
     if key.form.derived.noisy:
         raise Unlowerable("noise is for what passes the layer, and here its weight is computed")

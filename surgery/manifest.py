@@ -16,6 +16,7 @@ import torch
 
 from surgery import language
 from surgery.algebra.kinds import KINDS, beyond
+from surgery.algebra.places import Places, stated_place
 from surgery.algebra.scalars import did_you_mean
 from surgery.arguments import Arguments, Link
 from surgery.check import Resolved, typed
@@ -51,7 +52,13 @@ ROWS = "rows"
 RATES = "learning-rates"
 """What statements say that their parameters learn at."""
 
-FEATURES = frozenset({COPIES, ROWS, PARTS, TIES, CHAINS, BASE_DIGESTS, RATES})
+CALLS = "calls"
+"""Sites that are the calls of modules, and none of their weights."""
+
+PLACES = "places"
+"""Sites that are adapted for some tokens; who does not know them would adapt them for all."""
+
+FEATURES = frozenset({COPIES, ROWS, PARTS, TIES, CHAINS, BASE_DIGESTS, RATES, CALLS, PLACES})
 
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -76,7 +83,9 @@ def manifest_data(
     """
     sites = tuple(sites)
     needs = {
-        PARTS: any(s.site.at != WHOLE and not s.site.at.tensor for s in sites),
+        PARTS: any(s.site.at != WHOLE and not (s.site.at.tensor or s.site.at.kind) for s in sites),
+        CALLS: any(s.site.at.kind for s in sites),
+        PLACES: any(s.form.places for s in sites),
         COPIES: any(s.site.at.tensor for s in sites),
         ROWS: any(s.site.at.picked for s in sites),
         TIES: any(s.site.tie is not None for s in sites),
@@ -102,6 +111,7 @@ def manifest_data(
 
 
 def _site(site: PlannedSite, base: Digest | None) -> dict[str, object]:
+    places = site.form.places
     return {
         "path": site.site.owner,
         **_slice(site.site.at),
@@ -111,6 +121,7 @@ def _site(site: PlannedSite, base: Digest | None) -> dict[str, object]:
         "in": site.form.sizes.fan_in,
         **links_data(site.form.links),
         **data_of(site.rates),
+        **({"at": [[one.kind, *one.numbers] for one in places]} if places else {}),
         **({} if base is None else {"base": asdict(base)}),
     }
 
@@ -253,7 +264,16 @@ class Manifest:
         if any((link.method.kind in KINDS) is at.tensor for link in links):
             self._refuse(f"`{path}` has a method that is for another kind of site")
         rates = self._rates(entry.get("lr", []), path, links)
-        return Assignment(path, links, links[0].method.span, at, tie, rates)
+        places = self._places(entry.get("at", []))
+        return Assignment(path, links, links[0].method.span, at, tie, rates, places)
+
+    def _places(self, listed: object) -> tuple[Places, ...]:
+        rows = cast("list[object]", listed) if isinstance(listed, list) else [None]
+        some = [stated_place(row) for row in rows]
+        found = tuple(place for place in some if place is not None)
+        if len(found) != len(rows):
+            self._refuse(f"{listed!r} are no places of a text")
+        return found
 
     def _rates(self, listed: object, path: str, links: Sequence[Link]) -> Rates:
         rows = cast("list[object]", listed) if isinstance(listed, list) else [None]

@@ -13,6 +13,7 @@ from functools import lru_cache, reduce
 import torch
 
 from surgery.algebra.compose import Unchained, chained, renamed
+from surgery.algebra.derive import derived_at
 from surgery.algebra.equations import Equations, Parameter
 from surgery.algebra.expr import BIAS, depends_on, number
 from surgery.algebra.mixing import Terms, mixed
@@ -47,6 +48,11 @@ def owned_parameters(site: PlannedSite) -> Iterator[tuple[str, PlannedSite, Para
     for source in site.sources:
         for p in source.form.parameters:
             yield f"{p.name}{_BETWEEN}{source.adapter}", source, p
+
+
+def sources_of(site: PlannedSite) -> tuple[PlannedSite, ...]:
+    """What each adapter has at a site of what is live."""
+    return site.sources if isinstance(site, MixedSite) else (site,)
 
 
 def owner_of(name: str) -> tuple[str, str]:
@@ -181,10 +187,13 @@ class _Mixer:
         ways = [(s.site.tie, {*map(id, s.site.followers)}) for s in (one, other)]
         if ways[0] != ways[1]:
             _refuse(self.report, one, other, "do not say the same of the weight that it shares")
+        if one.form.places != other.form.places:
+            _refuse(self.report, one, other, "are for different tokens")
         shapes = [(s.form.kind, s.form.sizes, s.form.has_bias, s.form.batch) for s in (one, other)]
         if shapes[0] != shapes[1]:
             _refuse(self.report, one, other, "were made for layers that differ")
-        return ways[0] == ways[1] and shapes[0] == shapes[1]
+        same = one.form.places == other.form.places
+        return same and ways[0] == ways[1] and shapes[0] == shapes[1]
 
     def _class(self, live: Live, sources: tuple[PlannedSite, ...]) -> SiteClass | None:
         forms = [site.form for site in sources]
@@ -203,7 +212,7 @@ class _Mixer:
         return replace(
             forms[0],
             links=(),
-            derived=mixed(terms, forms[0].has_bias),
+            derived=derived_at(mixed(terms, forms[0].has_bias), forms[0].places),
             dtype=dtype,
             mode="value" if any(form.mode == "value" for form in forms) else forms[0].mode,
         )
@@ -243,4 +252,4 @@ def _begun(parameters: Iterable[Parameter]) -> Iterator[Parameter]:
     return (replace(p, beginning=number(0)) for p in parameters)
 
 
-__all__ = ["MixedSite", "Plans", "live_sites", "owned_parameters", "owner_of"]
+__all__ = ["MixedSite", "Plans", "live_sites", "owned_parameters", "owner_of", "sources_of"]

@@ -12,6 +12,7 @@ from typing import cast
 
 from torch import Tensor, fx, nn
 
+from surgery.calls.positions import stacks_of
 from surgery.lower import Lowerings
 from surgery.model.holder import (
     ADAPTERS,
@@ -25,7 +26,7 @@ from surgery.model.holder import (
 from surgery.model.hooked import swap_class
 from surgery.model.layers import base_class
 from surgery.model.stacked import restacked
-from surgery.mounted import RUNS, Runs, mounted_class, runs_of
+from surgery.mounted import RUNS, Form, Runs, mounted_class, runs_of
 from surgery.switch import Switch
 
 # ------------------------------------------------------------------------------- mounting
@@ -40,7 +41,30 @@ def mount(module: nn.Module, keys: Lowerings, live: str, switch: Switch, path: s
         runs.freeze(module, (live,))
     runs.bank = None if switch.bank is None else switch.bank.at(module)
     vars(module)[RUNS] = runs
-    cls = restacked(type(module), mounted_class(base, runs.form))
+    _let_be(module, runs)
+
+
+def place(model: nn.Module, switch: Switch) -> None:
+    """Let a model's calls say which tokens they bring, for the sites that are for some of them."""
+    for module in stacks_of(model):
+        base = base_class(module)
+        runs = runs_of(module) or Runs(switch, base, "")
+        runs.widen(Form(placed=True))
+        vars(module)[RUNS] = runs
+        _let_be(module, runs)
+
+
+def unplace(model: nn.Module) -> None:
+    """Undo `place`, where nothing else runs at such a module."""
+    for module in stacks_of(model):
+        runs = runs_of(module)
+        if runs is not None and not runs.keys and runs.bank is None:
+            dismount(module)
+
+
+def _let_be(module: nn.Module, runs: Runs) -> None:
+    """Let a module be of the class that its runs need."""
+    cls = restacked(type(module), mounted_class(runs.base, runs.form))
     if type(module) is not cls:
         swap_class(module, cls)
 
@@ -77,7 +101,9 @@ def forget(module: nn.Module, live: str) -> None:
     runs = drop(module, live)
     if runs is None:
         return
-    if not runs.keys and runs.bank is None:  # of which a compiled graph may know the class
+    if (
+        not runs.keys and runs.bank is None and not runs.form.placed
+    ):  # of which a compiled graph may know the class
         dismount(module)
 
 

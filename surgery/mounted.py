@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from surgery.calling import Around, changed
 from surgery.calling import around as put_around
+from surgery.calls.positions import names_of, placed
 from surgery.coding import SiteGraph
 from surgery.errors import refuse
 from surgery.folding import folded
@@ -43,13 +44,14 @@ class Form:
 
     called: whether some run in place of the forward. computed: the parameters that are computed.
     own: the parameters of which one has the base's own beside the computed. packed: the kind of
-    layer whose weight lies packed, if it does.
+    layer whose weight lies packed, if it does. placed: whether its call tells what its tokens are.
     """
 
     called: bool = False
     computed: frozenset[str] = frozenset()
     own: frozenset[str] = frozenset()
     packed: LayerKind | None = None
+    placed: bool = False
 
     def __or__(self, other: Form) -> Form:
         """What has all of both."""
@@ -58,6 +60,7 @@ class Form:
             self.computed | other.computed,
             self.own | other.own,
             self.packed or other.packed,
+            self.placed or other.placed,
         )
 
 
@@ -172,7 +175,7 @@ def _make_class(base: type[nn.Module], form: Form) -> type[nn.Module]:
         return _rebuild, (base, form), self.__getstate__()
 
     members = {
-        "forward": _forward(cast(Any, base.forward)),
+        "forward": _placed(base) if form.placed else _forward(cast(Any, base.forward)),
         **(_called(base, form) if form.called else {}),
         **{name: property(_value(name)) for name in form.computed},
         **{raw(name): property(_own(name)) for name in form.own},
@@ -197,6 +200,17 @@ def _forward(base: Forward) -> Forward:
         return changed(self, runs.path, runs.around, runs.switch.choice, call, args, kwargs)
 
     return wraps(base)(forward)
+
+
+def _placed(base: type[nn.Module]) -> Forward:
+    """The forward within which sites below know which tokens they are given."""
+    own = cast(Any, base.forward)
+    inner, names = _forward(own), names_of(own)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return placed(self, inner, names, args, kwargs)
+
+    return wraps(own)(forward)
 
 
 def _call(base: Forward) -> Forward:

@@ -15,7 +15,9 @@ from torch.fx.node import map_aggregate
 from torch.fx.proxy import GraphAppendingTracer
 
 from surgery.algebra.expr import Expr
-from surgery.algebra.interpret import Domain, Interpreter
+from surgery.algebra.interpret import Domain, Interpreter, Unlowerable
+from surgery.algebra.places import PlaceKind, Places
+from surgery.calls.positions import places
 from surgery.mixture import owner_of
 from surgery.model.holder import ADAPTERS, SHARED, link_name
 from surgery.model.layers import InputForm
@@ -164,7 +166,7 @@ class GraphPort:
         if changed and self.mixed and self.form != "indices":
             x = self.like(x)
         if part is None:
-            self.output = self.layer.base(x)
+            self.output = self.layer.base(x) if changed else self.layer.output
             return kind.features_last(self.output)
         if not changed:
             self.output = self.layer.output
@@ -277,6 +279,33 @@ class _Leaves:
             if shape[axis] != stored:
                 tensor = tensor.narrow(axis, 0, shape[axis])
         return tensor.to(cast(Any, self.anchor()).dtype) if name in self.key.narrow else tensor
+
+
+def at_places(form: SiteClass, y: Any, port: GraphPort) -> Any:
+    """What is given where an equation is for some of the tokens, features last.
+
+    Raises `Unlowerable` where what passes is no tokens.
+    """
+    if form.kind.input == "patches":
+        raise Unlowerable("x is read in patches here, which are no tokens of a text")
+    own = form.kind.features_last(port.layer.output)
+    return chosen_at(form, y, own if form.part is None else form.part.of(own, ENTRIES), port.layer)
+
+
+def chosen_at(form: SiteClass, y: Any, own: Any, layer: Layer) -> Any:
+    """Where an equation is for, what it gives; elsewhere a site's own."""
+    every = tuple((one.kind, one.numbers) for one in form.places)
+    return layer.function(mixed_at, y, own, every)
+
+
+def mixed_at(
+    y: Tensor, own: Tensor, every: tuple[tuple[PlaceKind, tuple[int, ...]], ...]
+) -> Tensor:
+    """Y [batch, tokens, hidden] at some places, and a site's own elsewhere."""
+    mask, *others = (places(Places(kind, numbers), own) for kind, numbers in every)
+    for other in others:
+        mask = mask | other
+    return torch.where(mask.unsqueeze(-1), y, own)
 
 
 def at_site(key: Lowering, layer: Layer) -> tuple[Interpreter, GraphPort]:

@@ -6,7 +6,7 @@ shape. All that is derived, checked and later lowered is done once for a class.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from math import prod
@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from surgery.algebra import scalars
-from surgery.algebra.axes import evaluate
 from surgery.algebra.compose import Unchained, composed
-from surgery.algebra.derive import derive
-from surgery.algebra.equations import Equations, Parameter, Random, drawn_after
+from surgery.algebra.derive import derive, derived_at
+from surgery.algebra.equations import Equations
 from surgery.algebra.filters import Filter, asks
 from surgery.algebra.kinds import beyond
+from surgery.algebra.places import Places, places_of
 from surgery.arguments import (
     Arguments,
     Link,
@@ -38,8 +38,9 @@ from surgery.model.facts import Facts
 from surgery.model.nearest import plural
 from surgery.model.parts import WHOLE, ParameterSlice
 from surgery.model.sites import Inventory, Site, admit, select, survey
-from surgery.planned import Plan, PlannedSite, SharedKey, SharedParameter, SiteClass
-from surgery.rating import Rates, at_odds, rates_of
+from surgery.planned import Plan, PlannedSite, SharedParameter, SiteClass
+from surgery.rating import Rates, rates_of
+from surgery.sharing import shared_parameters
 from surgery.totals import with_totals
 
 __all__ = [
@@ -75,7 +76,7 @@ def plan(resolved: Resolved, model: nn.Module, dtype: torch.dtype | None = None)
 def _planned(
     resolved: Resolved, inventory: Inventory, sites: tuple[PlannedSite, ...], report: Report
 ) -> Plan:
-    shared = tuple(_shared(sites, report))
+    shared = tuple(shared_parameters(sites, report))
     _check_names(sites, report)
     made = Plan(resolved, sites, shared, *inventory.counted(), tuple(report.found))
     _check_budget(made, report)
@@ -88,7 +89,7 @@ class Assignment:
     """One site with its methods, as an artifact states it; nothing is left to be selected.
 
     path: of the module. links: what is put on it, in order. at: which of its parameters, and which
-    part of it. rates: what all that learns at.
+    part of it. rates: what all that learns at. places: which tokens it is for, if not all.
     """
 
     path: str
@@ -97,6 +98,7 @@ class Assignment:
     at: ParameterSlice = WHOLE
     tie: ast.Tie | None = None
     rates: Rates = ()
+    places: tuple[Places, ...] = ()
 
 
 def plan_assignments(
@@ -177,7 +179,7 @@ class _Planner:
         names = (self._number, self._holds)
         kind = beyond(steps[0][1].kind)
         chosen = select(match.selection, self.inventory, self.report, *names, match.tie, verb, kind)
-        known = self._fixed_links(steps)
+        known, places = self._fixed_links(steps), self._places(match)
         clashes: list[tuple[Site, ast.Selecting]] = []
         for site in chosen:
             other = next(_before(site, taken), None)
@@ -186,7 +188,7 @@ class _Planner:
                 continue
             for module in (site.module, *site.followers):
                 taken.setdefault(id(module), []).append((site.at, match))
-            form = self._class(steps, site, known)
+            form = self._class(steps, site, known, places)
             if form is not None:
                 yield PlannedSite(site, adapter, form, match.span, self._rates(steps, site))
         self._report_clashes(match, clashes)
@@ -241,7 +243,8 @@ class _Planner:
     def assigned(self, one: Assignment, site: Site) -> SiteClass | None:
         """The class of a site whose methods and arguments are given."""
         applied = ((ast.Application(k.method.name, (), span=one.span), k) for k in one.links)
-        return self._class(tuple((a, k.method) for a, k in applied), site, one.links)
+        steps = tuple((a, k.method) for a, k in applied)
+        return self._class(steps, site, one.links, one.places)
 
     def told(self, sites: Sequence[PlannedSite]) -> tuple[PlannedSite, ...]:
         """The sites, with the arguments that the sizes of all of them tell."""
@@ -252,19 +255,34 @@ class _Planner:
     def _with_links(self, site: PlannedSite, links: tuple[Link, ...]) -> PlannedSite:
         if links == site.form.links:
             return site
-        form = self.assigned(Assignment(site.site.owner, links, site.span), site.site)
+        one = Assignment(site.site.owner, links, site.span, places=site.form.places)
+        form = self.assigned(one, site.site)
         return site if form is None else replace(site, form=form)  # why not is reported
 
-    def _class(self, steps: _Steps, site: Site, known: tuple[Link, ...] | None) -> SiteClass | None:
+    def _places(self, match: ast.Selecting) -> tuple[Places, ...]:
+        """Which tokens a statement is for; all where what it says is wrong, and reported."""
+        try:
+            return places_of(match.at, self._number) if isinstance(match, ast.Match) else ()
+        except SurgeryError as error:
+            self.report.extend(error.diagnostics)
+            return ()
+
+    def _class(
+        self,
+        steps: _Steps,
+        site: Site,
+        known: tuple[Link, ...] | None,
+        places: tuple[Places, ...],
+    ) -> SiteClass | None:
         try:
             links = known if known is not None else self._links(steps, site)
         except SurgeryError as error:
             self.report.extend(_without_layer(error.diagnostics, site))
             return None
-        key = (*((id(k.method), k.arguments) for k in links), *_shape_of(site))
+        key = (*((id(k.method), k.arguments) for k in links), *_shape_of(site), places)
         statement = id(steps[0][0])
         if key not in self.classes and (statement, key) not in self.refused:
-            form = self._derived(tuple(a for a, _ in steps), links, site)
+            form = self._derived(tuple(a for a, _ in steps), links, site, places)
             if form is None:
                 self.refused.add((statement, key))  # said once for all sites that are alike
                 return None
@@ -313,14 +331,18 @@ class _Planner:
             return None
 
     def _derived(
-        self, applications: tuple[ast.Application, ...], links: tuple[Link, ...], site: Site
+        self,
+        applications: tuple[ast.Application, ...],
+        links: tuple[Link, ...],
+        site: Site,
+        places: tuple[Places, ...],
     ) -> SiteClass | None:
         equations = self._equations(applications, links, site)
         if equations is None:
             return None
         form = SiteClass(
             links=links,
-            derived=derive(equations, site.has_bias),
+            derived=derived_at(derive(equations, site.has_bias), places),
             kind=site.kind,
             sizes=site.sizes,
             geometry=site.geometry,
@@ -331,6 +353,7 @@ class _Planner:
             batch=site.batch,
             shape=site.shape,
             mode=site.mode,
+            places=places,
         )
         problems = list(misfits(form, applications, site))
         self.report.extend(problems)
@@ -355,67 +378,6 @@ def _without_layer(diagnostics: Iterable[Diagnostic], site: Site) -> Iterator[Di
             yield Diagnostic("E303", f"`{site.path}` is in no layer", d.span, hint=hint)
         else:
             yield d
-
-
-def _shared(sites: Iterable[PlannedSite], report: Report) -> Iterator[SharedParameter]:
-    found: dict[SharedKey, SharedParameter] = {}
-    largest: dict[SharedKey, dict[str, int]] = {}
-    firsts: dict[SharedKey, PlannedSite] = {}
-    for site in sites:
-        form = site.form
-        for p in form.parameters:
-            if not p.shared:
-                continue
-            key = form.bank(site.adapter, p)
-            names = largest.setdefault(key, {})
-            names.update({n: max(v, names.get(n, v)) for n, v in form.sizes.names.items()})
-            shape = _shape_for(p, form.shapes[p.name], names)
-            declared = replace(p, name=p.declared_name, declared="", link=0)
-            at = site.site
-            dtypes = (form.dtype_of(p), at.device, at.dtype)
-            one = SharedParameter(*key[:3], declared, shape, *dtypes, _after(p, names))
-            before = found.get(key)
-            if before is not None:
-                _check_alike(before, one, site, report)
-            first = firsts.setdefault(key, site)
-            report.extend(at_odds(p, (first.rates, first.span), (site.rates, site.span)))
-            found[key] = one if before is None else _larger(before, one)
-    yield from found.values()
-
-
-def _after(p: Parameter, names: Mapping[str, int]) -> int | None:
-    return drawn_after(p.beginning, names) if isinstance(p.beginning, Random) else None
-
-
-def _check_alike(
-    before: SharedParameter, one: SharedParameter, site: PlannedSite, report: Report
-) -> None:
-    """E310 where what sites share begins by sizes that are not the same at all of them."""
-    p = one.parameter
-    whole = isinstance(p.beginning, Random) or p.beginning.op == "number"
-    if p.beginning != before.parameter.beginning or not (whole or one.shape == before.shape):
-        report.error(
-            "E310",
-            f"`{p.name}` of {one.method} is shared by sites of other sizes than `{site.path}`",
-            site.span,
-            label=f"it is {_began(p)}{list(one.shape)} there, and {list(before.shape)} before",
-            hint="put the method on them by statements with other arguments, or in another adapter",
-        )
-
-
-def _began(p: Parameter) -> str:
-    return f"{p.begins} " if isinstance(p.beginning, Random) else ""
-
-
-def _shape_for(p: Parameter, own: tuple[int, ...], largest: Mapping[str, int]) -> tuple[int, ...]:
-    """What a site asks of a shared parameter, or the largest sizes, each of whichever site."""
-    asked = (evaluate(length, largest) for length in p.shape)
-    return tuple(max(o, a) if isinstance(a, int) else o for o, a in zip(own, asked, strict=True))
-
-
-def _larger(shared: SharedParameter, one: SharedParameter) -> SharedParameter:
-    both = tuple(map(max, shared.shape, one.shape))
-    return replace(shared, shape=both, after=one.after)
 
 
 def _check_names(sites: Iterable[PlannedSite], report: Report) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from surgery.algebra.derive import parameters_in
 from surgery.algebra.equations import Parameter
 from surgery.algebra.expr import render
 from surgery.algebra.observed import seen_by, sight
+from surgery.algebra.places import shown as shown_places
 from surgery.arguments import Arguments, Link
 from surgery.check import Resolved
 from surgery.errors import Diagnostic, Span
@@ -56,7 +58,8 @@ class PlannedSite:
     def call(self) -> str:
         """What is put on it, as a statement has it."""
         calls = enumerate(self.form.calls)
-        return " then ".join(f"{call}{written(self.rates, link)}" for link, call in calls)
+        every = " then ".join(f"{call}{written(self.rates, link)}" for link, call in calls)
+        return every + shown_places(self.form.places)
 
     def adapted(self, name: str) -> str:
         """The name that one of its parameters has in the adapted model."""
@@ -86,6 +89,22 @@ class SharedParameter:
     def key(self) -> SharedKey:
         """What names it within a plan."""
         return self.adapter, self.method, self.arguments, self.parameter.name
+
+
+@dataclass(frozen=True, slots=True)
+class MethodUse:
+    """What a plan puts on some sites, and what becomes of it in a merge.
+
+    method: by name, or a chain of them. on: the kind of site, `matrix`, `call` or, of a copy that
+    is trained as it lies, `parameter`. sites: how many. merge: the class. reason: why it is in no
+    weight; "" where it can be.
+    """
+
+    method: str
+    on: str
+    sites: int
+    merge: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -122,6 +141,12 @@ class Plan:
                 count = taken[group[:2]] = taken.get(group[:2], 0) + 1
                 names[group] = shared.method if count == 1 else f"{shared.method}_{count}"
         return {s.key: names[s.adapter, s.method, s.arguments] for s in self.shared}
+
+    @cached_property
+    def methods(self) -> tuple[MethodUse, ...]:
+        """What is put on sites: the methods, each once for a kind of site and what it merges to."""
+        every = Counter(map(_use, self.sites))
+        return tuple(MethodUse(*use[:2], count, *use[2:]) for use, count in every.items())
 
     @cached_property
     def trainable(self) -> int:
@@ -191,7 +216,7 @@ def _table(plan: Plan) -> str:
     header = ["site", "kind", "out × in", "method", "parameters", "trained", "merge"]
     rows = [_row(site, several) for site in plan.sites]
     lines = aligned([header, *rows])
-    lines += ["", *_equations(plan), "", *_totals(plan)]
+    lines += ["", *_equations(plan), *_merges(plan), "", *_totals(plan)]
     lines += [str(d) for d in plan.diagnostics]
     return "\n".join(lines)
 
@@ -220,9 +245,33 @@ def _lengths(form: SiteClass) -> tuple[int, ...]:
     return matrix if form.batch is None else (form.batch, *matrix)
 
 
+def _use(site: PlannedSite) -> tuple[str, str, str, str]:
+    """The method of a site, its kind, and what becomes of it in a merge."""
+    form = site.form
+    on = "parameter" if form.at.tensor else form.derived.equations.kind.name
+    return form.named, on, form.derived.merge_class, form.derived.reason
+
+
 def _equations(plan: Plan) -> list[str]:
     told = dict.fromkeys(tuple(_told(site)) for site in plan.sites)
     return [line for lines in told for line in lines]
+
+
+def _merges(plan: Plan) -> list[str]:
+    """Where some of an adapter can merge and some cannot: a row a method, then what can be done."""
+    stays = sum(site.form.derived.still is None for site in plan.sites)
+    if stays in (0, len(plan.sites)):
+        return []
+    header = ["method", "on", "sites", "merge", "which means"]
+    rows = [
+        [one.method, one.on, f"{one.sites:,}", one.merge, one.reason or MERGE_NOTES[one.merge]]
+        for one in plan.methods
+    ]
+    count = len(plan.sites)
+    how = (
+        f"merge(partial=True) merges at {count - stays} of {count} sites; the others go on running"
+    )
+    return ["", *aligned([header, *rows]), "", how]
 
 
 def _told(site: PlannedSite) -> Iterator[str]:
@@ -297,6 +346,7 @@ def _as_json(plan: Plan) -> dict[str, object]:
     """The plan as plain data, one object a site."""
     return {
         "sites": [_site_json(site) for site in plan.sites],
+        "methods": [asdict(one) for one in plan.methods],
         "shared": [
             {
                 "adapter": s.adapter,

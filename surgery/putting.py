@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from surgery import lower, materialize, mount
 from surgery.adapters import check_name, forget
@@ -46,6 +46,7 @@ def put_on(
     """
     state = state_of(model) or State()
     _refuse_known_names(state, made)
+    _refuse_places(model, made)
     refuse_merged(state)
     fresh, live, there = state_of(model) is None, state.live, [*state.adapters]
     base = base_parameters(model)
@@ -118,6 +119,18 @@ def _refuse_known_names(state: State, made: Plan) -> None:
     report.stop()
 
 
+def _refuse_places(model: nn.Module, made: Plan) -> None:
+    placed = next((site for site in made.sites if site.form.places), None)
+    if placed is not None and isinstance(model, fx.GraphModule):
+        refuse(
+            "E487",
+            f"`{placed.path}` is adapted for some tokens alone, and a model that is one graph does "
+            "not tell its tokens",
+            placed.span,
+            hint="leave `at` out, or adapt the module that the graph was made of",
+        )
+
+
 def _fill(
     holder: mount.Holder,
     site: PlannedSite,
@@ -140,6 +153,8 @@ def _register(
     state.flags = flags
     keep_state(model, state)
     follow(model)  # what is computed again in a backward pass repeats its choice
+    if any(site.form.places for site in made.sites):
+        mount.place(model, state.switch)
     admit_new(model, state, made.adapters)
 
 

@@ -16,13 +16,29 @@ from typing import Any
 import torch
 from torch import nn
 
+from surgery import switch
+from surgery.calls import positions
 from surgery.model.holder import every_module
-from surgery.switch import repeating
 
 _CHECKPOINT, _SETS = "_gradient_checkpointing_func", "_set_gradient_checkpointing"
 
 Checkpoint = Callable[..., Any]
 """Calls its first argument with all others, as `torch.utils.checkpoint.checkpoint` does."""
+
+
+def repeating(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that whenever it runs, and wherever, has live what is live in this thread now.
+
+    For `torch.utils.checkpoint.checkpoint(surgery.repeating(layer), x)`: what is computed again in
+    a backward pass then runs the adapters of its forward, for the tokens of its forward.
+    """
+    again, call = switch.repeating(run), positions.current()
+
+    def placed(*args: Any, **kwargs: Any) -> Any:
+        with positions.repeated(call):
+            return again(*args, **kwargs)
+
+    return placed
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,4 +118,4 @@ def _setting(model: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
-__all__ = ["Repeated", "follow", "unfollow"]
+__all__ = ["Repeated", "follow", "repeating", "unfollow"]

@@ -167,4 +167,6 @@ def _assignments(plan: Plan, adapter: str, given: Given) -> Iterator[Assignment]
             if arguments is None:
                 continue
             links = (Link(links[0].method, arguments),)
-        yield Assignment(site.site.owner, links, site.span, site.site.at, site.site.tie, site.rates)
+        at = site.site
+        told = (at.at, at.tie, site.rates, site.form.places)
+        yield Assignment(at.owner, links, site.span, *told)

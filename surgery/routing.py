@@ -7,6 +7,7 @@ from typing import Any, NoReturn, Protocol
 
 from torch import Tensor, nn
 
+from surgery.calls.positions import rows_of
 from surgery.errors import refuse
 from surgery.switch import Routed, Switch
 
@@ -51,8 +52,8 @@ def routed(
         with known.switch.chosen(here.samples[0]):
             return forward(module, *args, **kwargs)
     parts: list[Tensor] = []
-    for text, part in here.split(x):
-        with known.switch.chosen(text):
+    for (text, part), rows in zip(here.split(x), here.rows(x.device), strict=True):
+        with known.switch.chosen(text), rows_of(rows):
             if name is None:
                 parts.append(forward(module, part, *args[1:], **kwargs))
             else:

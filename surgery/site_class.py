@@ -14,6 +14,7 @@ from surgery.algebra.beginnings import WHOLE as WHOLE_NUMBERS
 from surgery.algebra.derive import Derived
 from surgery.algebra.equations import Parameter
 from surgery.algebra.expr import WEIGHT, render
+from surgery.algebra.places import Places
 from surgery.arguments import Arguments, Link, without_counted
 from surgery.language import syntax as ast
 from surgery.model.layers import Geometry, LayerKind, Mode, Sizes
@@ -39,6 +40,7 @@ class SiteClass:
     batch: the number of matrices, where a site is a batch of them.
     shape: of the sites' parameter, where it is taken as it lies and not as a matrix.
     mode: how the layer is reached.
+    places: which tokens of a text it is for; all, where there are none.
     """
 
     links: tuple[Link, ...]
@@ -53,6 +55,7 @@ class SiteClass:
     batch: int | None = None
     shape: tuple[int, ...] | None = None
     mode: Mode = "call"
+    places: tuple[Places, ...] = ()
 
     def __hash__(self) -> int:
         """The hash of all fields, computed once: a class stands for hundreds of sites."""

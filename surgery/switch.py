@@ -50,8 +50,12 @@ class Routed:
 
     def split(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
         """The samples [batch, …] of each group."""
-        for (text, _), index in zip(self.groups, self._on(x.device)[0], strict=True):
+        for (text, _), index in zip(self.groups, self.rows(x.device), strict=True):
             yield text, x.index_select(0, index)
+
+    def rows(self, device: torch.device) -> tuple[Tensor, ...]:
+        """The places of the samples of each group, in order."""
+        return self._on(device)[0]
 
     def joined(self, parts: Sequence[Tensor]) -> Tensor:
         """What was made of the groups, sample by sample again."""

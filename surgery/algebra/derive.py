@@ -7,7 +7,7 @@ W by undoing one operator after another, and what is in the way and small become
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -29,6 +29,7 @@ from surgery.algebra.expr import (
     zeros,
 )
 from surgery.algebra.ops import OPS
+from surgery.algebra.places import UNMERGED, Places
 from surgery.algebra.rules import make, substitute
 
 MergeClass = Literal["exact", "algebraic", "witness", "snapshot", "none"]
@@ -103,6 +104,13 @@ def derive(
     except _NotAffine as obstacle:
         return Derived(equations, None, None, Inverse(None), str(obstacle))
     return completed(equations, merged, has_bias)
+
+
+def derived_at(derived: Derived, places: tuple[Places, ...]) -> Derived:
+    """The same for some tokens alone: it runs as it did, and is in no weight."""
+    if not places:
+        return derived
+    return replace(derived, still=None, inverse=Inverse(None), reason=derived.reason or UNMERGED)
 
 
 def completed(

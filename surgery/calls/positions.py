@@ -26,14 +26,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from threading import local
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
+from surgery.algebra.places import Places
 from surgery.calls.pieces import (
     NEVER,
     Piece,
@@ -48,18 +48,6 @@ from surgery.calls.pieces import (
     straddles,
 )
 from surgery.errors import refuse
-
-
-@dataclass(frozen=True, slots=True)
-class Places:
-    """Which tokens of a text are meant.
-
-    kind, numbers: the `first` or the `last` of one number; those `at` some places, negative from
-    the end; those `after` the start of some tokens' ids.
-    """
-
-    kind: Literal["first", "last", "at", "after"]
-    numbers: tuple[int, ...]
 
 
 def places(spec: Places, x: Tensor) -> Tensor:

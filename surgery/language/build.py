@@ -46,8 +46,18 @@ def _clause(name: str) -> Builder:
 
 def _match(span: Span, children: Sequence[Any]) -> ast.Match:
     first, *then = _only(ast.Application, children)
-    tie = dict(_only(_Clause, children)).get("tie")
-    return ast.Match(_selection(span, children), first, tie, tuple(then), span=span)
+    clauses = dict(_only(_Clause, children))
+    tie, at = clauses.get("tie"), clauses.get("at", ())
+    return ast.Match(_selection(span, children), first, tie, tuple(then), at, span=span)
+
+
+def _at(span: Span, children: Sequence[Any]) -> _Clause:
+    del span
+    return _Clause(("at", tuple(children)))
+
+
+def _listed(span: Span, children: Sequence[Any]) -> ast.Call:
+    return ast.Call("", tuple(children), span=span)
 
 
 def _train(span: Span, children: Sequence[Any]) -> ast.Train:
@@ -372,6 +382,9 @@ BUILDERS: Mapping[str, Builder] = {
     "except": _clause("except"),
     "expect": _clause("expect"),
     "tie": lambda span, children: _Clause(("tie", str(children[0]))),
+    "at": _at,
+    "place": _call,
+    "listed": _listed,
     "application": _application,
     "rates": _rates,
     "rate": _rate,

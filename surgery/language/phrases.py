@@ -269,12 +269,20 @@ def _match(node: ast.Match) -> Doc:
     selection = node.selection
     clauses: list[Doc] = [("apply ", phrase(node.application))]
     clauses += [("then ", phrase(application)) for application in node.then]
+    if node.at:
+        first, *rest = map(_place, node.at)
+        clauses.append(("at ", hanging([first, *(("| ", place) for place in rest)])))
     if node.tie is not None:
         clauses.append(node.tie)
     if selection.expect is not None:
         clauses.append(("expect ", phrase(selection.expect)))
     head = "optional match " if selection.optional else "match "
     return _clauses((head, phrase(selection)), clauses)
+
+
+def _place(node: ast.Call) -> Doc:
+    """`first(5)`, or `[0, -1]`."""
+    return _called(node) if node.function else _listed("[", node.arguments, "]")
 
 
 def _train(node: ast.Train) -> Doc:

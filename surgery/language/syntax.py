@@ -182,6 +182,8 @@ class Match(Node):
     """`match SELECTION apply M(args) then N(args) share`.
 
     `then` holds what is applied after `application`, each to the site as all before it leave it.
+    `at` says which tokens all that is for, as in `at first(5) | last(5)`; all, where it is empty.
+    `[0, -1]` is there a call of the name "".
     `tie` says what becomes of a weight that several layers share: all of them change, or the
     selected one gets a weight of its own.
     """
@@ -190,6 +192,7 @@ class Match(Node):
     application: Application
     tie: Tie | None = None
     then: tuple[Application, ...] = ()
+    at: tuple[Call, ...] = ()
 
     @property
     def applications(self) -> tuple[Application, ...]:

@@ -83,12 +83,13 @@ def foreign_config(
     What is written is read back at every site, so a config says all that the adapter is.
 
     model: says what the base is, and which copies are whole modules; without it an adapter that has
-    copies has no config. formats: as in `mapping_of`. Raises DefinitionError for a format statement
-    that is itself wrong.
+    copies has no config. formats: as in `mapping_of`. Raises DefinitionError for a wrong format.
     """
     sites = [s for s in plan.sites if s.adapter == adapter]
     if not sites:
         return Reason("the adapter has no site")
+    if any(site.form.places for site in sites):
+        return Reason(f"{name} has no config for some of the tokens")
     if any(site.site.tie == "share" and not site.site.at.picked for site in sites):
         return Reason(f"{name} has no place for an adapter of a weight that several layers share")
     if dialect_of(name).copies is not None and copies_alone(sites):
