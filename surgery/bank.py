@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any, cast
+from weakref import ref
 
 import torch
 from torch import Tensor, fx, nn
@@ -169,7 +170,7 @@ class Bank:
 
     rank: up to which members are filled up. adapters, batch, terms: how many there may be, of
     samples in a batch, and of adapters in a sum. numbers: of the adapters. left: why an adapter is
-    in no stack, and runs by its text.
+    in no stack, and runs by its text. seen: of each a parameter, and what it is of a stack.
     """
 
     rank: int
@@ -182,6 +183,9 @@ class Bank:
     left: dict[str, str] = field(default_factory=dict[str, str])
     known: dict[str, Lanes] = field(default_factory=dict[str, Lanes])
     given: int = 0
+    seen: dict[str, tuple[ref[Tensor], Tensor]] = field(
+        default_factory=dict[str, "tuple[ref[Tensor], Tensor]"]
+    )
 
     def number_for(self, adapter: str) -> int | None:
         """The number of an adapter, a free one if it has none; None if all are taken.
@@ -194,6 +198,17 @@ class Bank:
         found = next((n for n in after if n not in self.numbers.values()), None)
         self.given = self.given if found is None else found + 1
         return found
+
+    def check(self) -> None:
+        """E449 where the parameters of a member are parts of the stacks no longer."""
+        for own, part in self.seen.values():
+            parameter = own()
+            if parameter is not None and parameter.data_ptr() != part.data_ptr():
+                refuse(
+                    "E449",
+                    "the model was moved or cast since a bank was reserved for it",
+                    hint="reserve(…) again, and compile the model anew",
+                )
 
     def lanes(self, choice: Choice, lives: Mapping[str, Live]) -> Lanes:
         """A choice as tensors [terms, batch]; `fits` is False where it is none of a bank's."""
@@ -251,6 +266,7 @@ class Bank:
         self.known.clear()
         number = self.numbers.pop(adapter, None)
         self.left.pop(adapter, None)
+        self.seen.pop(adapter, None)
         if number is not None:
             for stack in self.every():
                 stack.drop(adapter, number)
@@ -263,7 +279,7 @@ class Bank:
     def rename(self, old: str, new: str) -> None:
         """Let an adapter have another name."""
         self.known.clear()
-        for known in (self.numbers, self.left, *(stack.taken for stack in self.every())):
+        for known in (self.numbers, self.left, self.seen, *(stack.taken for stack in self.every())):
             if old in known:
                 cast("dict[str, object]", known)[new] = cast("dict[str, object]", known).pop(old)
 

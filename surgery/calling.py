@@ -85,7 +85,7 @@ def around(key: Lowering, code: Callable[[SiteGraph], Change]) -> Around:
     graphs = lower_call(key)
     made = {name: code(graph) for name, graph in graphs.items()}
     reads = LEFT in graphs and any(
-        node.users for node in graphs[LEFT].graph.nodes if node.name in ("x0", "x")
+        node.users for node in graphs[LEFT].graph.nodes if str(node.target) in ("x0", "x")
     )
     return Around(made.get(ENTERED), made.get(LEFT), key.form.sizes.fan_out, reads)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from weakref import ref
 
 from torch import nn
 
@@ -116,3 +117,4 @@ def _put(
     parts = stack.put(adapter.name, bank.numbers[adapter.name], values, numbers)
     for name, part in parts.items():
         values[name].data = part  # the same parameter, which an optimizer may know
+        bank.seen[adapter.name] = ref(values[name]), part

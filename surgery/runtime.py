@@ -99,13 +99,16 @@ class Compiled:
 
         expression: as behind `activate` in a spec; None for the base alone. What is trained does
         not change. Raises, with nothing changed: SpecSyntaxError; DefinitionError (E132) for what
-        is no mix; StateError: E411 for an unknown adapter, E402 while one is merged; PlanError for
-        adapters that cannot be live together (E309), or cannot run so (E305).
+        is no mix; StateError: E411 for an unknown adapter, E402 while one is merged, E449 where a
+        bank is for the model as it was; PlanError for adapters that cannot be live together (E309),
+        or cannot run so (E305).
         """
         state = self._state
         live = live_of(expression, state)
         if state.is_merged:
             refuse("E402", f"`{state.live}` is merged", hint="unmerge() first")
+        if state.switch.bank is not None:
+            state.switch.bank.check()
         make_live(self.model, state, live)
 
     def using(self, expression: str | None) -> AbstractContextManager[None]:

@@ -111,6 +111,10 @@ class Bank(Protocol):
         """What a module runs; None if it has none of it."""
         ...
 
+    def check(self) -> None:
+        """E449 where the parameters of the model are other ones than those that it has."""
+        ...
+
     def forget(self, adapter: str) -> None:
         """Let an adapter's place be free."""
         ...
@@ -237,6 +241,8 @@ class Switch:
 
     def choose(self, choice: Choice | None) -> None:
         """Let something else be live in this thread; None for the default."""
+        if choice is not None and self.bank is not None:
+            self.bank.check()
         self._here.choice = choice
         if self.bank is not None:
             known = self._default

@@ -278,3 +278,23 @@ def test_what_computes_otherwise_is_no_member(one: str, other: str) -> None:
 @pytest.mark.parametrize("call", ["vera(r=3)", "fourierft(n_frequency=5)"])
 def test_why_there_is_no_family_is_said(call: str) -> None:
     assert isinstance(family_of(form_of(call), 16), str)
+
+
+def test_a_model_that_was_moved_is_seen_before_it_runs_what_it_was() -> None:
+    net = nn.Sequential(nn.Linear(12, 20))
+    compiled = surgery.compile("match * apply lora(r=2)", net)
+    compiled.reserve(4, batch=3)
+    net.double()
+
+    def used() -> None:
+        with compiled.using("default"):
+            pass
+
+    for choose in (used, lambda: compiled.activate("default"), lambda: compiled.activate(None)):
+        with pytest.raises(SurgeryError) as caught:
+            choose()
+        assert [d.code for d in caught.value.diagnostics] == ["E449"]
+    compiled.reserve(4, batch=3)
+    used()
+    net.float()
+    compiled.inverse.unload()  # for which nothing needs to be chosen
