@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import fx, nn
@@ -38,6 +38,19 @@ if TYPE_CHECKING:
 SpecLike = Spec | str | Path
 
 
+class Tokenizer(Protocol):
+    """What a tokenizer of transformers does."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> Sequence[int]:
+        """The ids of a text's tokens."""
+        ...
+
+
+def ids_by(tokenizer: Tokenizer) -> Callable[[str], tuple[int, ...]]:
+    """The ids that a text has within another, without those that begin or end one."""
+    return lambda text: tuple(tokenizer.encode(text, add_special_tokens=False))
+
+
 def read_spec(spec: SpecLike) -> Spec:
     """A spec from a file, from its text, or as it is. Raises SpecSyntaxError, ArtifactError.
 
@@ -67,19 +80,20 @@ def plan(
     values: Values | None = None,
     dtype: torch.dtype | None = None,
     mode: Form | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Plan:
     """What a spec would do to a model; neither is touched, and the model may lie on meta.
 
     values: of the spec's `param`s. dtype: of the adapters' parameters; by default float32 on a
-    base of 16 bits or less, else the base's own. mode: as for `compile`. Raises SurgeryError with
-    all that does not fit. What is made of other adapters is planned by name: how large it becomes
-    is known when it is made.
+    base of 16 bits or less, else the base's own. mode: as for `compile`. tokenizer: the model's
+    own, for texts behind `at`. Raises SurgeryError with all that does not fit. What is made of
+    other adapters is planned by name: how large it becomes is known when it is made.
     """
     target = target_of(model, mode)
     state = state_of(target)
     present = () if state is None else tuple(state.adapters)
     resolved = resolve(read_spec(spec), Library.standard(), values, present)
-    made = make_plan(resolved, target, dtype)
+    made = make_plan(resolved, target, dtype, None if tokenizer is None else ids_by(tokenizer))
     lower.check(made)
     if resolved.live is not None:
         plans = dict.fromkeys(made.adapters, made)
@@ -103,6 +117,7 @@ def compile_model(
     data: Iterable[Any] | None = None,
     loss: Loss | None = None,
     progress: Progress | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Compiled:
     """Adapt a model in place, or a twin of it. Whatever goes wrong, the model is left as it was.
 
@@ -116,7 +131,7 @@ def compile_model(
     """
     target = target_of(model, mode, inplace)
     refuse_wrapped(target)
-    made = plan(spec, target, values=values, dtype=dtype)
+    made = plan(spec, target, values=values, dtype=dtype, tokenizer=tokenizer)
     if not made.adapters and not made.resolved.derived:
         raise error_of([adapts_nothing(made.resolved.spec)])
     refuse_merged(state_of(target))

@@ -20,7 +20,7 @@ from surgery.algebra.derive import derive, derived_at
 from surgery.algebra.equations import Equations
 from surgery.algebra.filters import Filter, asks
 from surgery.algebra.kinds import beyond
-from surgery.algebra.places import Places, places_of
+from surgery.algebra.places import Ids, Places, places_of
 from surgery.arguments import (
     Arguments,
     Link,
@@ -58,15 +58,21 @@ MAX_BYTES = 2**40
 """No adapter is larger; whatever asks for more is a slip of the pen."""
 
 
-def plan(resolved: Resolved, model: nn.Module, dtype: torch.dtype | None = None) -> Plan:
+def plan(
+    resolved: Resolved,
+    model: nn.Module,
+    dtype: torch.dtype | None = None,
+    ids: Ids | None = None,
+) -> Plan:
     """What the spec does to the model. Pure, and as good on the meta device.
 
     dtype: of the parameters; None for float32 on bases of 16 bits or less, else the base's own.
+    ids: of the tokens of a text that the spec has.
     Raises SelectionError or PlanError with everything that does not fit.
     """
     report = Report()
     inventory = survey(model)
-    planner = _Planner(resolved, inventory, dtype, report)
+    planner = _Planner(resolved, inventory, dtype, report, ids)
     sites = tuple(planner.sites())
     report.arrange()
     report.stop()
@@ -156,12 +162,18 @@ class _Planner:
     """The one walk over adapters and statements, with classes and arguments remembered."""
 
     def __init__(
-        self, resolved: Resolved, inventory: Inventory, dtype: torch.dtype | None, report: Report
+        self,
+        resolved: Resolved,
+        inventory: Inventory,
+        dtype: torch.dtype | None,
+        report: Report,
+        ids: Ids | None = None,
     ) -> None:
         self.resolved = resolved
         self.inventory = inventory
         self.dtype = dtype
         self.report = report
+        self.ids = ids
         self.classes: dict[tuple[object, ...], SiteClass] = {}
         self.refused: set[tuple[int, tuple[object, ...]]] = set()
         self.given: dict[tuple[object, ...], Arguments] = {}
@@ -261,8 +273,9 @@ class _Planner:
 
     def _places(self, match: ast.Selecting) -> tuple[Places, ...]:
         """Which tokens a statement is for; all where what it says is wrong, and reported."""
+        calls = match.at if isinstance(match, ast.Match) else ()
         try:
-            return places_of(match.at, self._number) if isinstance(match, ast.Match) else ()
+            return places_of(calls, self._number, self.ids)
         except SurgeryError as error:
             self.report.extend(error.diagnostics)
             return ()

@@ -37,14 +37,21 @@ _NAMED: dict[str, PlaceKind] = {"first": "first", "last": "last", "after": "afte
 _COUNTED = ("first", "last")
 
 
+Ids = Callable[[str], Sequence[int]]
+"""The ids of a text's tokens."""
+
+
 def places_of(
-    calls: Sequence[ast.Call], value: Callable[[ast.Expression], object]
+    calls: Sequence[ast.Call],
+    value: Callable[[ast.Expression], object],
+    ids: Ids | None = None,
 ) -> tuple[Places, ...]:
     """The places that a statement says; `value` evaluates an expression. Raises DefinitionError.
 
-    E143 for what says no place; what is not known yet is taken for 1.
+    ids: those of a text, where a tokenizer is known. E143 for what says no place; what is not known
+    yet is taken for 1.
     """
-    return tuple(_place(call, value) for call in calls)
+    return tuple(_place(call, value, ids) for call in calls)
 
 
 def shown(places: Sequence[Places]) -> str:
@@ -64,14 +71,15 @@ def stated_place(data: object) -> Places | None:
     return None if _objection(found) else found
 
 
-def _place(call: ast.Call, value: Callable[[ast.Expression], object]) -> Places:
+def _place(call: ast.Call, value: Callable[[ast.Expression], object], ids: Ids | None) -> Places:
     kind = _NAMED.get(call.function)
     if kind is None:
         spelled = [name for name in _NAMED if name]
         _refuse(call, f"`{call.function}` says no places", did_you_mean(call.function, spelled))
     if call.keywords:
         _refuse(call, f"{call.function}() takes numbers")
-    numbers = tuple(_number(call, argument, value) for argument in call.arguments)
+    given = [value(argument) for argument in call.arguments]
+    numbers = tuple(number for one in given for number in _numbers(call, one, ids))
     found = Places(kind, numbers)
     objection = _objection(found)
     if objection:
@@ -89,20 +97,20 @@ def _objection(places: Places) -> str:
     return "" if numbers else "no place is said"
 
 
-def _number(
-    call: ast.Call, argument: ast.Expression, value: Callable[[ast.Expression], object]
-) -> int:
-    found = value(argument)
+def _numbers(call: ast.Call, found: object, ids: Ids | None) -> Sequence[int]:
+    """What stands between the brackets: a number, or a text for the ids of its tokens."""
     if isinstance(found, Open):
-        return 1
-    if isinstance(found, str):
-        _refuse(call, "what stands here are ids of tokens, and a text has none by itself", _IDS)
+        return (1,)
+    if isinstance(found, str) and call.function == "after":
+        if ids is None:
+            _refuse(call, "a text has no ids without a tokenizer", _IDS)
+        return ids(found)
     if not isinstance(found, int) or isinstance(found, bool):
         _refuse(call, f"{found!r} is no whole number")
-    return found
+    return (found,)
 
 
-_IDS = "take those that the model's tokenizer gives: `after(101, 2023)`"
+_IDS = "compile(…, tokenizer=…), or take the ids that it gives: `after(101, 2023)`"
 _FORMS = "there are: first(n), last(n), [0, -1], after(ids)"
 
 

@@ -200,6 +200,24 @@ def test_files_copies_and_pickles_have_the_places(tmp_path: Path) -> None:
     assert not any("_surgery_runs" in vars(m) for m in fresh.modules())
 
 
+class Letters:
+    """A tokenizer, whose ids are those of letters."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return [*([1] if add_special_tokens else []), *(ord(letter) - 90 for letter in text)]
+
+
+def test_a_text_has_the_ids_that_a_tokenizer_gives(tmp_path: Path) -> None:
+    spec = 'match q_proj apply lora(r=2) at after("ab", 9)'
+    assert surgery.check(spec) == ()
+    refused("E143", lambda: surgery.compile(spec, language_model()))
+    compiled = surgery.compile(spec, language_model(), tokenizer=Letters())
+    assert str(compiled.plan.sites[0].form.places[0]) == "after(7, 8, 9)"
+    compiled.save(tmp_path)
+    again = surgery.attach(tmp_path, language_model())
+    assert again.plan.sites[0].form.places == compiled.plan.sites[0].form.places
+
+
 # -------------------------------------------------------------------------------- bad input
 
 
@@ -210,7 +228,7 @@ def test_files_copies_and_pickles_have_the_places(tmp_path: Path) -> None:
         ("match q_proj apply lora(r=2) at first(0)", "E143"),
         ("match q_proj apply lora(r=2) at first(1, 2)", "E143"),
         ("match q_proj apply lora(r=2) at last(0.5)", "E143"),
-        ('match q_proj apply lora(r=2) at after("a text")', "E143"),
+        ('match q_proj apply lora(r=2) at first("a text")', "E143"),
         ("match q_proj apply lora(r=2) at after(-3)", "E143"),
         ("match q_proj apply lora(r=2) at first(n)", "E101"),
     ],
