@@ -105,6 +105,7 @@ def _objection(form: SiteClass) -> str:
     """Why a class of sites is not computed sample by sample."""
     checks = (
         (len(form.links) != 1, "a chain of methods is not stacked"),
+        (form.mode == "around", "it is around a call, and on no weight"),
         (form.mode != "call" or form.batch is not None, "its layer is not called by itself"),
         (not form.at.whole or bool(form.kind.packed), "it is a part of its layer, or quantised"),
         (any(p.shared for p in form.parameters), "it shares parameters with other sites"),

@@ -261,7 +261,8 @@ def _peft_adapter(folder: Path, contents: Contents) -> Adapter:
     paths = dict.fromkeys(filter(None, (_path(one.name, known) for one in contents.tensors)))
     called, rank = ("", None) if method is None else (_called(method), _rank([method]))
     sites = tuple(AdapterSite(path, called, rank) for path in paths)
-    return Adapter("default", sites, NAME, "", spec, _base(folder))
+    unread = f"its {CONFIG} has no peft_type" if kind is None else ""
+    return Adapter("default", sites, NAME, unread, spec, _base(folder))
 
 
 def _only_method(spec: str) -> Link | None:

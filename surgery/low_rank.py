@@ -19,6 +19,7 @@ from surgery.algebra.equations import Parameter
 from surgery.algebra.expr import WEIGHT, Expr, depends_on
 from surgery.algebra.factors import Factors, change, rank_of
 from surgery.algebra.interpret import Domain, Evaluator
+from surgery.algebra.kinds import beyond
 from surgery.algebra.rules import is_zero
 from surgery.algebra.scalars import Scalars, typed
 from surgery.algebra.sums import difference
@@ -229,6 +230,8 @@ class Target:
 @lru_cache(maxsize=64)
 def target(method: ast.Method) -> Target | None:
     """The method as a target, or None if it adds something else than any product of its rank."""
+    if beyond(method.kind):
+        return None
     for argument in method.arguments:
         probe = _probe(method, argument.name, _PROBED) if argument.type == "int" else None
         shapes = {} if probe is None else {probe.form.shapes[p.name]: p for p in _factors_of(probe)}

@@ -44,13 +44,15 @@ class Form:
 
     called: whether some run in place of the forward. computed: the parameters that are computed.
     own: the parameters of which one has the base's own beside the computed. packed: the kind of
-    layer whose weight lies packed, if it does. placed: whether its call tells what its tokens are.
+    layer whose weight lies packed, if it does. around: whether some are put around the call.
+    placed: whether the call tells what its tokens are.
     """
 
     called: bool = False
     computed: frozenset[str] = frozenset()
     own: frozenset[str] = frozenset()
     packed: LayerKind | None = None
+    around: bool = False
     placed: bool = False
 
     def __or__(self, other: Form) -> Form:
@@ -60,6 +62,7 @@ class Form:
             self.computed | other.computed,
             self.own | other.own,
             self.packed or other.packed,
+            self.around or other.around,
             self.placed or other.placed,
         )
 
@@ -70,7 +73,8 @@ def form_of(keys: Lowerings) -> Form:
     own = frozenset(n for k in computed for n in (k.form.at.parameter, k.form.at.bias))
     kind = called[0].form.kind if called else None
     packed = kind if kind is not None and storage_of_kind(kind) is not None else None
-    return Form(bool(called), frozenset(lower_values(computed)), own, packed)
+    beside = around(keys) is not None
+    return Form(bool(called), frozenset(lower_values(computed)), own, packed, beside)
 
 
 class Runs:
@@ -175,7 +179,7 @@ def _make_class(base: type[nn.Module], form: Form) -> type[nn.Module]:
         return _rebuild, (base, form), self.__getstate__()
 
     members = {
-        "forward": _placed(base) if form.placed else _forward(cast(Any, base.forward)),
+        "forward": _forward(cast(Any, base.forward), form),
         **(_called(base, form) if form.called else {}),
         **{name: property(_value(name)) for name in form.computed},
         **{raw(name): property(_own(name)) for name in form.own},
@@ -189,28 +193,33 @@ def _make_class(base: type[nn.Module], form: Form) -> type[nn.Module]:
     return type(base.__name__, (base,), members)
 
 
-def _forward(base: Forward) -> Forward:
-    """The forward that looks up what is live, and what is around the call."""
-    call = _call(base)
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        runs = self._surgery_runs
-        if not runs.around:
-            return call(self, *args, **kwargs)
-        return changed(self, runs.path, runs.around, runs.switch.choice, call, args, kwargs)
-
+def _forward(base: Forward, form: Form) -> Forward:
+    """The forward of a class: the call, with what is around it and what sites below ask of it."""
+    forward = _call(base)
+    if form.around:
+        forward = _around(forward)
+    if form.placed:
+        forward = _placed(forward, names_of(base))
     return wraps(base)(forward)
 
 
-def _placed(base: type[nn.Module]) -> Forward:
-    """The forward within which sites below know which tokens they are given."""
-    own = cast(Any, base.forward)
-    inner, names = _forward(own), names_of(own)
+def _around(call: Forward) -> Forward:
+    """A call, and what is live around it."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return placed(self, inner, names, args, kwargs)
+        runs = self._surgery_runs
+        return changed(self, runs.path, runs.around, runs.switch.choice, call, args, kwargs)
 
-    return wraps(own)(forward)
+    return forward
+
+
+def _placed(call: Forward, names: tuple[str, ...]) -> Forward:
+    """A call within which sites below know which tokens they are given."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return placed(self, call, names, args, kwargs)
+
+    return forward
 
 
 def _call(base: Forward) -> Forward:
