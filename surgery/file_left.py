@@ -1,11 +1,11 @@
-"""What a merge of files leaves of an adapter: the sites on quantised weights that stay as they are.
+"""What a merge of files leaves of an adapter: on quantised weights, and what no weight computes.
 
 It is an adapter's folder by itself, to be attached to the model that was merged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,17 +17,29 @@ from surgery.file_record import LEFT
 from surgery.folder_sites import Adapted, Adapter
 from surgery.mapping import mapping_of
 from surgery.mapping.keys import ADAPTED
+from surgery.mixture import sources_of
+from surgery.partial import stays
 from surgery.plan import plan_assignments
-from surgery.planned import Plan
+from surgery.planned import Plan, PlannedSite
 
 
-def left_sites(found: Adapted) -> dict[str, tuple[str, ...]]:
-    """By the names of adapters the paths of the sites that a merge leaves, as folders have them."""
-    return {
-        adapter.wanted.name: paths
-        for adapter in found.adapters
-        if (paths := tuple(adapter.stated.sites[i].path for i in _stay(found, adapter)))
+def left_sites(found: Adapted, merged: Iterable[PlannedSite]) -> dict[str, tuple[str, ...]]:
+    """By the names of adapters the paths of the sites that a merge leaves, as folders have them.
+
+    merged: the sites that it does not leave. One that several adapters have is left of each.
+    """
+    left = {
+        (one.adapter, one.path) for site in stays(found.sites, merged) for one in sources_of(site)
     }
+    every = {
+        a.wanted.name: tuple(
+            stated.path
+            for site, stated in zip(a.plan.sites, a.stated.sites, strict=True)
+            if (site.adapter, site.path) in left
+        )
+        for a in found.adapters
+    }
+    return {name: paths for name, paths in every.items() if paths}
 
 
 def check_left(found: Adapted, names: Iterable[str]) -> None:
@@ -39,13 +51,10 @@ def check_left(found: Adapted, names: Iterable[str]) -> None:
             refuse("E552", f"{found.checkpoint.folder} has {LEFT}{name} already", hint=hint)
 
 
-def _stay(found: Adapted, adapter: Adapter) -> list[int]:
-    return [i for i, site in enumerate(adapter.stated.sites) if found.is_quantised(site)]
-
-
-def save_left(found: Adapted, adapter: Adapter, folder: Path) -> None:
-    """Write what is left of an adapter to a folder."""
-    loaded, stay = adapter.loaded, _stay(found, adapter)
+def save_left(found: Adapted, adapter: Adapter, left: Sequence[str], folder: Path) -> None:
+    """Write what is left of an adapter, as `left_sites` has it, to a folder."""
+    loaded = adapter.loaded
+    stay = [i for i, site in enumerate(adapter.stated.sites) if site.path in left]
     resolved = replace(loaded.resolved, adapters=((loaded.adapter, ()),))
     some = tuple(loaded.assignments[i] for i in stay)
     plan = plan_assignments(resolved, adapter.model, some, loaded.adapter)

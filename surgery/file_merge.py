@@ -24,8 +24,16 @@ from surgery.checksums import machine
 from surgery.errors import refuse
 from surgery.file_after import After
 from surgery.file_left import check_left, left_sites, save_left
-from surgery.file_plan import FilePlan, Job, check_digests, check_dtypes, jobs_of, planned
-from surgery.file_quantized import unquantised, width
+from surgery.file_plan import (
+    FilePlan,
+    Job,
+    check_digests,
+    check_dtypes,
+    jobs_of,
+    merged_of,
+    planned,
+)
+from surgery.file_quantized import unquantised
 from surgery.file_ranks import Ranks, joined
 from surgery.file_record import (
     ADAPTERS,
@@ -39,13 +47,14 @@ from surgery.file_record import (
     key,
     plain,
     record_data,
+    reported,
 )
 from surgery.file_tensors import Options, Tensors
 from surgery.folder_sites import Adapted, Wanted, adapted, named
 from surgery.headers import Shard
-from surgery.merge_report import Accepted, MergeReport, SiteMerge, Way
+from surgery.merge_report import Accepted, MergeReport
 from surgery.merged import Undo
-from surgery.precision import Round, Rounding
+from surgery.precision import Round
 from surgery.quantized import Quantized
 from surgery.shards import Output
 from surgery.store import read_json
@@ -135,12 +144,14 @@ def plan_files(
     model: str | Path,
     *,
     quantized: Quantized | None = None,
+    partial: bool = False,
     workers: int = WORKERS,
 ) -> FilePlan:
     """What `merge_files` would do. Nothing is written; raises as it does."""
     with open_checkpoint(model) as checkpoint:
         found = adapted(checkpoint, wanted_of(adapters), config_of(checkpoint))
-        return planned(found, jobs_of(found, quantized), workers)
+        sites = merged_of(found, quantized, partial)
+        return planned(found, sites, jobs_of(found, sites), workers)
 
 
 def merge_files(
@@ -153,6 +164,7 @@ def merge_files(
     seed: int = 0,
     dtype: torch.dtype | None = None,
     quantized: Quantized | None = None,
+    partial: bool = False,
     max_rel_err: float | None = None,
     allow_nonfinite: bool = False,
     workers: int = WORKERS,
@@ -171,26 +183,24 @@ def merge_files(
     quantized: what weights of 4 or 8 bits become: `dequantize`, plain, of `dtype` or that of the
         first plain tensor; `requantize`, quantised again, which counts as rounding; `separate`,
         they stay, and `unmerged/NAME` in `out` is what is left, to attach to the merged model.
+    partial: leave so also what has no merged weight, and merge the rest.
     workers: how many tensors are merged at a time. force: merge into another base than the adapter
         was made on. progress: is told of each tensor that is done.
 
     Under `torchrun` each rank merges its share of the files, and the folder is the same.
 
     Raises, with `out` not there and the inputs as they were: ArtifactError (E520, E522, E530 to
-    E554), PlanError where an adapter does not fit, StateError (E403, E424, E430, E431).
+    E554), PlanError where an adapter does not fit, StateError (E403, E424, E430, E431, E495).
     """
-    options = Options(undo, round, seed, dtype, quantized)
+    options = Options(undo, round, seed, dtype, quantized, partial)
     with open_checkpoint(model) as checkpoint, joined() as ranks:
         _check_base(checkpoint)
         found = adapted(checkpoint, wanted_of(adapters), config_of(checkpoint))
-        jobs, accepted = jobs_of(found, quantized), Accepted(max_rel_err, allow_nonfinite)
-        check_dtypes(jobs, dtype)
-        run = _Run(found, jobs, options, accepted, ranks)
+        run = _Run(found, options, Accepted(max_rel_err, allow_nonfinite), ranks)
         run.workers, run.progress = max(1, workers), progress
         run.sources = [checkpoint.folder] if Path(model).is_dir() else []
         if not force and ranks.first:
-            with TemporaryDirectory() as scratch:
-                check_digests(found, Path(scratch))
+            run.check_base()
         return run.write(Path(out))
 
 
@@ -220,24 +230,30 @@ class _Run:
     def __init__(
         self,
         found: Adapted,
-        jobs: Mapping[str, Job],
         options: Options,
         accepted: Accepted,
         ranks: Ranks,
     ) -> None:
-        self.found, self.jobs, self.options = found, jobs, options
+        self.found, self.options = found, options
+        self.sites = merged_of(found, options.quantized, options.partial)
+        self.jobs = jobs_of(found, self.sites)
+        check_dtypes(self.jobs, options.dtype)
         self.accepted, self.ranks = accepted, ranks
         self.sources: list[Path] = []
         self.workers, self.done = 1, 0
         self.progress: Progress | None = None
         self.total = sum(shard.size for shard in found.checkpoint.shards.values())
-        self.after = After(found, jobs, options)
-        self.left = left_sites(found) if options.quantized == "separate" else {}
+        self.after = After(found, self.jobs, options)
+        self.left = left_sites(found, self.sites)
         check_left(found, self.left)
 
     @property
     def checkpoint(self) -> Checkpoint:
         return self.found.checkpoint
+
+    def check_base(self) -> None:
+        with TemporaryDirectory() as scratch:
+            check_digests(self.found, Path(scratch))
 
     def write(self, out: Path) -> FileMerge:
         ranks, output = self.ranks, None
@@ -256,7 +272,7 @@ class _Run:
                 if ranks.first:
                     self._beside(output)
                     output.finish()
-        plan = planned(self.found, self.jobs, self.workers)
+        plan = planned(self.found, self.sites, self.jobs, self.workers)
         whole = tuple(one.tensor for one in records if not one.by_rows and not one.of)
         factors = {a.wanted.name: a.wanted.factor for a in self.found.adapters}
         left = {f"{LEFT}{name}": (factors[name], paths) for name, paths in self.left.items()}
@@ -379,7 +395,7 @@ class _Run:
             if name not in self.left:
                 continue
             with TemporaryDirectory() as scratch:
-                save_left(self.found, adapter, Path(scratch) / name)
+                save_left(self.found, adapter, self.left[name], Path(scratch) / name)
                 for path in _own_files(Path(scratch) / name):
                     output.copy_file(path, f"{LEFT}{name}/{path.name}")
 
@@ -410,33 +426,3 @@ def _own_files(folder: Path) -> list[Path]:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return file_digest(file, "sha256").hexdigest()
-
-
-def reported(records: Iterable[TensorRecord], found: Adapted) -> MergeReport:
-    """What was merged, a row a site; sites that are one tensor share what is kept of it."""
-    rounding: dict[str, Rounding] = {}
-    ways: dict[str, Way] = {}
-    kept: dict[str, int] = {}
-    size: dict[str, int] = {}
-    records = [*records]
-    beside: dict[str, int] = {}
-    for record in records:
-        beside[record.of] = beside.get(record.of, 0) + record.kept
-    for record in records:
-        element = width(found.checkpoint, found.quantised, record.tensor)
-        more = 0 if record.of else beside.get(record.tensor, 0)
-        paths = dict.fromkeys(one.site for one in record.matrices)
-        for one in record.matrices:
-            rounding[one.site] = rounding.get(one.site, Rounding()) + one.rounding
-            count = round(one.rounding.elements * element)
-            size[one.site] = size.get(one.site, 0) + count
-        for path in paths:
-            both: tuple[Way, ...] = (ways.get(path, "nothing"), record.way)
-            ways[path] = max(both, key=_WAYS.index)
-            kept[path] = kept.get(path, 0) + (record.kept + more) // len(paths)
-    return MergeReport(
-        tuple(SiteMerge(p, rounding[p], ways[p], kept[p], size[p]) for p in rounding)
-    )
-
-
-_WAYS: tuple[Way, ...] = ("nothing", "base", "corrections")

@@ -30,6 +30,7 @@ from surgery.file_quantized import QuantisedWeight, held
 from surgery.folder_sites import Adapted, Adapter
 from surgery.headers import Entry
 from surgery.joined import Joined
+from surgery.partial import LEAVE, can_merge, check_some, listed, report_lost, stays
 from surgery.planned import PlannedSite
 from surgery.quantized import Quantized
 from surgery.report import aligned, shown_bytes, shown_shape
@@ -144,26 +145,17 @@ def _peak(site: PlannedSite, entry: Entry) -> int:
     return 8 * block * _LIVE + kept + lies
 
 
-def jobs_of(adapted: Adapted, how: Quantized | None = None) -> dict[str, Job]:
-    """The tensors that change, by their names.
+def jobs_of(adapted: Adapted, sites: Sequence[PlannedSite]) -> dict[str, Job]:
+    """The tensors that change, by their names. sites: those that are merged.
 
-    how: what becomes of quantised weights. Raises with all that cannot be merged: StateError (E403)
-    for sites whose equation has no merged weight, and (E424) where nothing is said of quantised
-    weights; ArtifactError (E547) for a bias that a merge would add to a layer that has none, and
-    (E553) where all sites are to stay.
+    Raises ArtifactError: E547 for a bias that a merge would add to a layer that has none, E552 for
+    what is quantised in part.
     """
     report = Report()
-    sites = _merged_of(adapted, how, report)
     weights: dict[str, list[PlannedSite]] = {}
     biases: dict[str, list[PlannedSite]] = {}
     for site in sites:
-        derived = site.form.derived
-        if derived.still is None:
-            message = f"`{site.path}` cannot merge: {derived.reason}"
-            hint = "keep such an adapter unmerged; it runs as it is"
-            report.error("E403", message, site.span, hint=hint)
-            continue
-        weight, bias = merging.changes(derived)
+        weight, bias = merging.changes(site.form.derived)
         if weight:
             for name in adapted.names(site, site.site.at.parameter):
                 weights.setdefault(name, []).append(site)
@@ -224,27 +216,51 @@ _REMEDIES = (
 )
 
 
-def _merged_of(adapted: Adapted, how: Quantized | None, report: Report) -> tuple[PlannedSite, ...]:
-    """The sites that are merged; a module whose weight is quantised keeps all of its, or none."""
+def merged_of(
+    adapted: Adapted, how: Quantized | None = None, partial: bool = False
+) -> tuple[PlannedSite, ...]:
+    """The sites that are merged.
+
+    how: what becomes of quantised weights. partial: whether what cannot merge is left. Raises with
+    all that cannot be merged: StateError (E403) for sites whose equation has no merged weight, or
+    (E495) where that is all of them, and (E424) where nothing is said of quantised weights;
+    ArtifactError (E553) where all sites are to stay.
+    """
+    report = Report()
+    able = [site for site in adapted.sites if can_merge(site) or not partial]
+    merged = _plain_of(adapted, able, how, report)
+    report_lost(merged, _PART if any(map(can_merge, merged)) else LEAVE, report)
+    report.stop()
+    check_some(adapted.sites, merged, " + ".join(a.wanted.name for a in adapted.adapters))
+    return merged
+
+
+_PART = "--partial (partial=True) merges the other sites, and writes an adapter of these beside"
+
+
+def _plain_of(
+    adapted: Adapted, sites: Sequence[PlannedSite], how: Quantized | None, report: Report
+) -> tuple[PlannedSite, ...]:
+    """Of some sites those to merge: where a weight is quantised, all of its module's or none."""
     if how is not None and how not in get_args(Quantized):
         refuse("E424", f"there is no quantized=`{how}`", hint=_REMEDIES)
-    found = [site for site in adapted.sites if adapted.is_quantised(site)]
+    found = [site for site in sites if adapted.is_quantised(site)]
     if how is None:
         found = [site for site in found if adapted.tensor(site) in adapted.quantised]
     if not found or how in ("dequantize", "requantize"):
-        return adapted.sites
+        return tuple(sites)
     more = f" and at {len(found) - 1} more" if len(found) > 1 else ""
     if how is None:
         message = (
             f"the weight at `{found[0].path}`{more} is quantised, and what it becomes is not said"
         )
         report.error("E424", message, hint=_REMEDIES)
-        return adapted.sites
-    if len(found) == len(adapted.sites):
+        return tuple(sites)
+    if len(found) == len(sites):
         message = f"all sites are on quantised weights, from `{found[0].path}` on: none is merged"
         hint = "attach the adapter to the model as it is; or `requantize` or `dequantize`"
         refuse("E553", message, hint=hint)
-    return tuple(site for site in adapted.sites if not adapted.is_quantised(site))
+    return tuple(site for site in sites if not adapted.is_quantised(site))
 
 
 def _report_bias(site: PlannedSite, has: str, report: Report) -> None:
@@ -350,7 +366,7 @@ class FilePlan:
     """What a merge of files would do; `str` is a table, `as_json` plain data.
 
     copied: the number of tensors that stay. bytes: of all tensors. peak: the bytes of memory that
-    it takes besides the interpreter, about.
+    it takes besides the interpreter, about. left: the sites that are not merged.
     """
 
     changes: tuple[Change, ...]
@@ -359,6 +375,7 @@ class FilePlan:
     peak: int
     shards: int
     about: Mapping[str, float] = field(default_factory=dict[str, float])
+    left: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, object]:
         """As plain data."""
@@ -368,6 +385,7 @@ class FilePlan:
             "bytes": self.bytes,
             "peak": self.peak,
             "copied": self.copied,
+            "left": [*self.left],
             "changes": [
                 {
                     "tensor": c.tensor,
@@ -393,11 +411,14 @@ class FilePlan:
             f"{shown_bytes(self.bytes)} in {self.shards} files"
         )
         memory = f"it takes about {shown_bytes(self.peak)} of memory"
-        return "\n".join([*aligned([header, *rows]), "", totals, memory])
+        left = [f"left as adapters: {listed(self.left)}"] if self.left else []
+        return "\n".join([*aligned([header, *rows]), "", totals, *left, memory])
 
 
-def planned(adapted: Adapted, jobs: Mapping[str, Job], workers: int) -> FilePlan:
-    """The plan of a merge with so many tensors at a time."""
+def planned(
+    adapted: Adapted, sites: Sequence[PlannedSite], jobs: Mapping[str, Job], workers: int
+) -> FilePlan:
+    """The plan of a merge of some sites with so many tensors at a time."""
     tensors = adapted.checkpoint.tensors
     changes = tuple(
         Change(
@@ -419,6 +440,7 @@ def planned(adapted: Adapted, jobs: Mapping[str, Job], workers: int) -> FilePlan
         peak,
         len(adapted.checkpoint.shards),
         {a.wanted.name: a.wanted.factor for a in adapted.adapters},
+        tuple(site.path for site in stays(adapted.sites, sites)),
     )
 
 

@@ -7,7 +7,7 @@ every tensor that changed what they are of, with checksums of what was there bef
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -21,8 +21,10 @@ from surgery.checksums import bytes_of
 from surgery.disk import read_at, write_at
 from surgery.errors import refuse
 from surgery.file_places import nameless
+from surgery.file_quantized import width
+from surgery.folder_sites import Adapted
 from surgery.headers import NAMES, make_header
-from surgery.merge_report import Way
+from surgery.merge_report import MergeReport, SiteMerge, Way
 from surgery.merging import BLOCK, Packed
 from surgery.precision import Rounding
 from surgery.quantized import Quantized
@@ -183,6 +185,7 @@ class Record:
 
     config, index: texts of what was changed besides. shards: of each that changed, its tensors by
     name. headers: the shards whose own header is kept. quantized: what became of quantised weights.
+    partial: whether what cannot merge was left.
     """
 
     folder: Path
@@ -193,6 +196,7 @@ class Record:
     shards: Mapping[str, Mapping[str, TensorRecord]]
     headers: frozenset[str] = frozenset()
     quantized: Quantized | None = None
+    partial: bool = False
     _sides: dict[str, Checkpoint] = field(default_factory=dict[str, Checkpoint], repr=False)
 
     def kept(self, shard: str) -> Checkpoint:
@@ -253,6 +257,7 @@ def read_record(folder: Path) -> Record:
             shards,
             headers,
             _how(data["options"].get("quantized")),
+            data["options"].get("partial") is True,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         _damaged(path, f"it is no record of a merge: {type(error).__name__} {error}")
@@ -275,3 +280,33 @@ def changed_of(facts: Mapping[str, object]) -> Iterator[TensorRecord]:
 def plain(record: TensorRecord) -> dict[str, object]:
     """A record as plain data."""
     return asdict(record)
+
+
+def reported(records: Iterable[TensorRecord], found: Adapted) -> MergeReport:
+    """What was merged, a row a site; sites that are one tensor share what is kept of it."""
+    rounding: dict[str, Rounding] = {}
+    ways: dict[str, Way] = {}
+    kept: dict[str, int] = {}
+    size: dict[str, int] = {}
+    records = [*records]
+    beside: dict[str, int] = {}
+    for record in records:
+        beside[record.of] = beside.get(record.of, 0) + record.kept
+    for record in records:
+        element = width(found.checkpoint, found.quantised, record.tensor)
+        more = 0 if record.of else beside.get(record.tensor, 0)
+        paths = dict.fromkeys(one.site for one in record.matrices)
+        for one in record.matrices:
+            rounding[one.site] = rounding.get(one.site, Rounding()) + one.rounding
+            count = round(one.rounding.elements * element)
+            size[one.site] = size.get(one.site, 0) + count
+        for path in paths:
+            both: tuple[Way, ...] = (ways.get(path, "nothing"), record.way)
+            ways[path] = max(both, key=_WAYS.index)
+            kept[path] = kept.get(path, 0) + (record.kept + more) // len(paths)
+    return MergeReport(
+        tuple(SiteMerge(p, rounding[p], ways[p], kept[p], size[p]) for p in rounding)
+    )
+
+
+_WAYS: tuple[Way, ...] = ("nothing", "base", "corrections")

@@ -42,7 +42,7 @@ class Options:
 
     undo: `exact` keeps what `unmerge_files` makes the base's bytes of; `none` nothing. round, seed:
     as for `Inverse.merge`. dtype: of the merged tensors, if not the base's own. quantized: what
-    becomes of quantised weights.
+    becomes of quantised weights. partial: whether what cannot merge is left as an adapter.
     """
 
     undo: Undo = "exact"
@@ -50,6 +50,7 @@ class Options:
     seed: int = 0
     dtype: torch.dtype | None = None
     quantized: Quantized | None = None
+    partial: bool = False
 
     def __post_init__(self) -> None:
         """Raises ArtifactError (E552) for what files cannot be merged with."""
@@ -69,6 +70,7 @@ class Options:
             "seed": self.seed,
             "dtype": dtype,
             "quantized": self.quantized,
+            "partial": self.partial,
         }
 
     def dtype_of(self, job: Job, dense: torch.dtype) -> torch.dtype | None:

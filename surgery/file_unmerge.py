@@ -19,7 +19,7 @@ from surgery.checksums import Checksum, bytes_of, machine
 from surgery.errors import Report, refuse
 from surgery.file_merge import CONFIG, Progress, config_of
 from surgery.file_places import Place, Places, Target
-from surgery.file_plan import jobs_of, source_of
+from surgery.file_plan import jobs_of, merged_of, source_of
 from surgery.file_record import (
     ADAPTERS,
     LEFT,
@@ -122,7 +122,7 @@ class _Run:
 
     def __init__(self, found: Adapted, record: Record, progress: Progress | None) -> None:
         self.found, self.record, self.progress = found, record, progress
-        self.jobs = jobs_of(found, record.quantized)
+        self.jobs = jobs_of(found, merged_of(found, record.quantized, record.partial))
         self.done = 0
         self.biases, self.lately = Biases(found, self._base), Lately(found)
         self.changed = {n: (s, row) for s, rows in record.shards.items() for n, row in rows.items()}
@@ -187,12 +187,9 @@ class _Run:
     def _added(self, name: str) -> bool:
         """Whether a file is none of the base's, or not as it was there."""
         left = tuple(f"{LEFT}{adapter}/" for adapter in self.record.adapters)
+        leaves = self.record.partial or self.record.quantized == "separate"
         again = name == CONFIG and self.record.config is not None
-        return (
-            is_added(name)
-            or again
-            or (self.record.quantized == "separate" and name.startswith(left))
-        )
+        return is_added(name) or again or (leaves and name.startswith(left))
 
     def _index(self, output: Output) -> None:
         name = self.checkpoint.index

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from surgery.algebra.kinds import beyond
 from surgery.artifact import CONFIG, MAPPING, SPEC, TENSORS
 from surgery.integrations.peft import NAME, kind_of
 from surgery.integrations.peft_sites import PARAMETERS
@@ -55,8 +56,11 @@ def _of_manifest(data: Mapping[str, object]) -> Iterator[Stated]:
             sides = stated.get("out"), stated.get("in")
             turned = kind in ("embedding", "transposed_linear")
             shape = cast("tuple[int, ...]", sides[::-1] if turned else sides)
+            if beyond(kind):
+                yield Stated(path, "", ANY, sides[0] if isinstance(sides[0], int) else 0)
+                continue
             kinds = ANY if stated.get("tensor") is True else frozenset({kind})
-            yield Stated(path, parameter, kinds, str(tie or ""), shape)
+            yield Stated(path, parameter, kinds, 0, str(tie or ""), shape)
 
 
 def _of_keys(keys: Sequence[str], config: Mapping[str, object]) -> Iterator[Stated]:

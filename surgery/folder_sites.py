@@ -190,7 +190,7 @@ def adapted(
     linear = (n for n in shapes if names.whole.get(n, n) in quantised)
     layers = {name.rpartition(".")[0]: frozenset({"linear"}) for name in linear}
     kinds = {**_kinds(prefixes, needs), **layers}
-    skeleton = built(shapes, kinds, config, tied).renamed(names.whole)
+    skeleton = built(shapes, kinds, config, tied, _widths(prefixes, needs)).renamed(names.whole)
     pairs = zip(wanted, prefixes, strict=True)
     adapters = tuple(_adapter(one, skeleton.seen_by(prefix)) for one, prefix in pairs)
     own = {
@@ -268,6 +268,12 @@ def _kinds(prefixes: Sequence[Prefix], needs: Sequence[Sequence[Need]]) -> dict[
             both = before & need.kinds if before and need.kinds else before or need.kinds
             kinds[path] = both or need.kinds
     return kinds
+
+
+def _widths(prefixes: Sequence[Prefix], needs: Sequence[Sequence[Need]]) -> dict[str, int]:
+    """By paths in the checkpoint, how wide the hidden states of modules are."""
+    pairs = zip(prefixes, needs, strict=True)
+    return {prefix(n.path): n.width for prefix, some in pairs for n in some if n.width}
 
 
 class Spooled(Mapping[str, Tensor]):

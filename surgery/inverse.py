@@ -6,7 +6,7 @@ writes into a base tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
@@ -39,7 +39,7 @@ from surgery.merged import (
     with_sums,
     without_base,
 )
-from surgery.mixture import MixedSite, owned_parameters
+from surgery.mixture import MixedSite, live_sites, owned_parameters
 from surgery.model import storage, ties
 from surgery.model.hooked import release
 from surgery.model.inventory import Site
@@ -49,9 +49,10 @@ from surgery.mount import (
     set_requires_grad,
     unlink_follower,
 )
+from surgery.partial import LEAVE, can_merge, check_some, goes_in, listed, report_lost
 from surgery.plan import PlannedSite
 from surgery.precision import Round
-from surgery.quantized import Quantized, check, merged_by, taken
+from surgery.quantized import Quantized, check, taken
 from surgery.state import State, forget_state, require_state
 from surgery.switching import chosen, make_live, mount_sites, withdraw_all
 
@@ -72,6 +73,7 @@ class Inverse:
         max_rel_err: float | None = None,
         allow_nonfinite: bool = False,
         quantized: Quantized | None = None,
+        partial: bool = False,
     ) -> MergeReport:
         """Put what is live into the weights, so that the base's own forward computes it.
 
@@ -86,15 +88,17 @@ class Inverse:
             accepted. allow_nonfinite: go on where a merged weight is infinite or no number.
         quantized: what becomes of quantised weights: `dequantize`, their layers become plain ones;
             `requantize`, they are quantised again; `separate`, they keep running their adapters.
+        partial: let sites that cannot merge go on running; what is put on the others is merged.
         Gives what rounding lost and what is kept, site by site.
         Raises StateError, with nothing changed: E402 if merged already, E403 where an equation has
-        no merged weight, E404 on meta, E405 where an undo cannot be had, E424 and E425 for
-        quantised weights, E428 to E431, E446 within a choice of the thread, E461.
+        no merged weight, or with `partial` E495 where none has one, E404 on meta, E405 where an
+        undo cannot be had, E424 and E425 for quantised weights, E428 to E431, E446 within a choice
+        of the thread, E461.
         """
         state = require_state(self.model)
         refuse_sharded(self.model, state, "merged")
         _refuse_chosen(state, "merged")
-        options = Options(undo, round, seed, taken(self.model, quantized), state.shares)
+        options = Options(undo, round, seed, taken(self.model, quantized), state.shares, partial)
         accepted = Accepted(max_rel_err, allow_nonfinite)
         if adapter is None:
             _check_merge(state, state.sites, options)
@@ -125,20 +129,27 @@ class Inverse:
             return
         _check_out_of(state, adapter)
         rest = state.live.within([name for name in state.live.adapters if name != adapter])
+        if not _goes_in(live_sites(rest, state.plans), state.options):  # all of it runs beside
+            self._take_out(state)
+            make_live(self.model, state, rest)
+            return
         self._instead(state, rest, state.options, _ANYTHING)
 
-    def unload(self, *, keep_merge: bool = False) -> nn.Module:
+    def unload(self, *, keep_merge: bool = False, partial: bool = False) -> nn.Module:
         """Take every adapter off the model, from any state; the base is as it was, to the bit.
 
         keep_merge: leave merged weights merged, for a plain model that computes the adapted one.
-        Raises StateError as `unmerge` does, E409 if `keep_merge` and nothing is merged, E461 for a
-        sharded model.
+        partial: also where some of what is live runs beside the weights, and is lost.
+        Raises StateError as `unmerge` does, E409 if `keep_merge` and nothing is merged, E496 where
+        something would be lost so, E461 for a sharded model.
         """
         state = require_state(self.model)
         refuse_sharded(self.model, state, "unloaded")
         _refuse_chosen(state, "unloaded")
         if keep_merge and not state.is_merged:
             refuse("E409", "nothing is merged that could be kept", hint="call merge() first")
+        if keep_merge and not partial:
+            _refuse_loss(state)
         if state.is_merged and not keep_merge:
             self.unmerge()
         if state.switch.frozen:
@@ -161,7 +172,7 @@ class Inverse:
     def _put_in(self, state: State, options: Options, accepted: Accepted) -> MergeReport:
         # What is made of a bias is made of the trained one, where an adapter has a copy of it.
         every = sorted(state.sites, key=lambda s: not s.site.at.tensor)
-        sites = merged_by(every, options.quantized)
+        sites = _goes_in(every, options)
         done: dict[str, MergedSite] = {}
         try:
             for site in sites:
@@ -183,6 +194,8 @@ class Inverse:
         here = set(map(id, sites))
         rest = [site for site in every if id(site) not in here]
         mount_sites(self.model, state, rest, str(state.live))
+        if rest:
+            state.switch.prepared[str(state.live)] = state.live
         return report
 
     def _take_back(self, state: State, merged: MergedSite) -> bool:
@@ -288,6 +301,23 @@ def remove_site(site: PlannedSite) -> None:
 
 # ------------------------------------------------------------------------------------ checks
 
+_PART = "merge(partial=True) merges the other sites, and these go on running"
+
+
+def _goes_in(sites: Sequence[PlannedSite], options: Options) -> tuple[PlannedSite, ...]:
+    return goes_in(sites, options.quantized, options.partial)
+
+
+def _refuse_loss(state: State) -> None:
+    """E496 where a part of what is live is in no weight, so that no weights have all of it."""
+    beside = [site.path for site in state.beside]
+    if beside:
+        refuse(
+            "E496",
+            f"what runs at {listed(beside)} is not in the weights, and would be lost",
+            hint="save the adapter; unload(keep_merge=True, partial=True) keeps what is merged",
+        )
+
 
 def _refuse_chosen(state: State, what: str) -> None:
     """E446 while this thread has something live that the model would no longer know."""
@@ -307,17 +337,13 @@ def _check_merge(state: State, sites: tuple[PlannedSite, ...], options: Options)
             "E410", "no adapter is live, so there is nothing to merge", hint="activate(NAME) first"
         )
     report, undo = Report(), options.undo
-    check(sites, options.quantized.how, undo, report)
-    for site in merged_by(sites, options.quantized):
+    able = [site for site in sites if can_merge(site) or not options.partial]
+    check(able, options.quantized.how, undo, report)
+    merged = _goes_in(sites, options)
+    report_lost(merged, _PART if any(map(can_merge, merged)) else LEAVE, report)
+    for site in filter(can_merge, merged):
         derived = site.form.derived
-        if derived.still is None:
-            report.error(
-                "E403",
-                f"`{site.path}` cannot merge: {derived.reason}",
-                site.span,
-                hint="keep such an adapter unmerged; it runs as it is",
-            )
-        elif storage.read(site.site.module, site.form.kind, site.site.at) is None:
+        if storage.read(site.site.module, site.form.kind, site.site.at) is None:
             report.error(
                 "E404",
                 f"the weight of `{site.path}` has no data yet (meta device)",
@@ -331,6 +357,8 @@ def _check_merge(state: State, sites: tuple[PlannedSite, ...], options: Options)
                 hint="merge with undo='exact', which keeps the base's tensors",
             )
     report.stop()
+    if options.partial:
+        check_some(sites, merged, str(state.live))
 
 
 def _check_unmerge(state: State) -> None:

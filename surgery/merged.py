@@ -36,7 +36,8 @@ class Options:
     """How a merge is done: what it keeps, how it rounds, and by which seed where by chance.
 
     quantized: what becomes of quantised weights. holds: whether the base's own tensors are kept
-    where corrections could be, since they are there anyway.
+    where corrections could be, since they are there anyway. partial: whether what cannot merge
+    goes on running.
     """
 
     undo: Undo = "exact"
@@ -44,6 +45,7 @@ class Options:
     seed: int = 0
     quantized: Taken = NOTHING_SAID
     holds: bool = False
+    partial: bool = False
 
 
 class Released:

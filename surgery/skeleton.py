@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import Report
-from surgery.model.holder import children_of, parameters_of
+from surgery.model.holder import children_of, modules_of, parameters_of
 from surgery.model.layers import KINDS
 from surgery.model.nearest import closest, tails
 from surgery.model.roles import plays
@@ -37,17 +37,21 @@ class Need:
     """A parameter that an adapter has a site on.
 
     path: of its module. parameter: "" where it is the weight of a layer, or the only one of two or
-    more axes. kinds: what the layer can be; `ANY` where the adapter leaves it open.
+    more axes. kinds: what the layer can be; `ANY` where the adapter leaves it open. width: of the
+    hidden states, where the site is a module's call and no parameter; 0 where it is one.
     """
 
     path: str
     parameter: str = ""
     kinds: Kinds = ANY
+    width: int = 0
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names that its tensor can have."""
+        """The names that its tensor can have; of a module, its path and a dot."""
         below = f"{self.path}." if self.path else ""
+        if self.width:
+            return (below,)
         return (f"{below}{self.parameter}",) if self.parameter else (f"{below}weight", self.path)
 
 
@@ -117,6 +121,8 @@ def prefix_of(needs: Iterable[Need], names: Iterable[str], where: str) -> Prefix
     Raises ArtifactError (E545) where there is none, or several that differ in what they mean.
     """
     needs, known = tuple(needs), frozenset(names)
+    if any(need.width for need in needs):
+        known |= frozenset(_modules(known))
     if _all_there(needs, Prefix(), known):
         return Prefix()
     candidates = {*_candidates(known, "less"), *_candidates((n.path for n in needs), "more")}
@@ -130,6 +136,15 @@ def prefix_of(needs: Iterable[Need], names: Iterable[str], where: str) -> Prefix
         _report_absent(needs, candidates, known, where, report)
     report.stop()
     return found[0]
+
+
+def _modules(names: Iterable[str]) -> Iterator[str]:
+    """The modules that have some tensors in them: their paths, each with a dot."""
+    for name in names:
+        at = name.rfind(".")
+        while at > 0:
+            yield name[: at + 1]
+            at = name.rfind(".", 0, at)
 
 
 def _all_there(needs: Iterable[Need], prefix: Prefix, known: frozenset[str]) -> bool:
@@ -164,7 +179,8 @@ def _report_absent(
         meant = closest(best(name), tails(sorted(known), best(name))).question()
         more = f" (and {len(absent) - 1} more)" if need is absent[0] and len(absent) > 1 else ""
         hint = meant or "name the checkpoint of the model that the adapter was made for"
-        message = f"the checkpoint has no tensor `{name}`{more}, on which {where} has a site"
+        what = f"module `{need.path}`" if need.width else f"tensor `{name}`"
+        message = f"the checkpoint has no {what}{more}, on which {where} has a site"
         report.error("E545", message, hint=hint)
 
 
@@ -186,12 +202,13 @@ def built(
     kinds: Mapping[str, Kinds],
     config: Config,
     tied: Mapping[str, str] = MappingProxyType({}),
+    widths: Mapping[str, int] = MappingProxyType({}),
 ) -> Skeleton:
     """The tree of a checkpoint's tensors.
 
     kinds: by paths of modules, what an adapter says that these are; what is said of none can be
     anything that its tensors allow. tied: paths of layers that the checkpoint has no weight of, and
-    the tensor that they share.
+    the tensor that they share. widths: of the hidden states of modules, by their paths.
     """
     owners: dict[str, dict[str, Tensor]] = {}
     for name, (dtype, shape) in tensors.items():
@@ -212,6 +229,9 @@ def built(
     made = Skeleton(root, known)
     for path, name in tied.items():
         _tie(made, path, name)
+    every = dict(modules_of(root)) if widths else {}
+    for path in widths.keys() & every.keys():
+        vars(every[path])["config"] = SimpleNamespace(hidden_size=widths[path])
     return made
 
 

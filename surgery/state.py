@@ -73,6 +73,12 @@ class State:
         """The sites of what is live."""
         return live_sites(self.live, self.plans)
 
+    @property
+    def beside(self) -> tuple[PlannedSite, ...]:
+        """Of what is merged, the sites that are in no weight, and go on running."""
+        sites: tuple[PlannedSite, ...] = self.sites if self.is_merged else ()
+        return tuple(site for site in sites if site.path not in self.merged)
+
 
 def state_of(model: nn.Module) -> State | None:
     """The model's state, or None if it was never adapted."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import asdict, dataclass
 from typing import cast
 
@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from surgery.errors import Diagnostic, StateError
+from surgery.mixture import sources_of
 from surgery.model.holder import base_parameters, every_module
 from surgery.model.hooked import execution_device
 from surgery.model.storage import bytes_of, counted
 from surgery.placement import misplaced
-from surgery.planned import PlannedSite
 from surgery.report import aligned, shown_bytes
 from surgery.state import Adapter, State, require_state
 from surgery.trainable import Owned, owned
@@ -27,6 +27,7 @@ class AdapterStatus:
     methods: of its sites, each once. sites: how many there are. trained, total: the numbers that
     its methods train, and all. learning: how many of the trained require gradients. bytes: of all.
     live, merged: whether it is among what the forward runs, and whether that is in the weights.
+    beside: where it is, at how many of its sites it runs all the same.
     dtypes, devices: of its parameters, each once, in order. made_of: of one that was made of others
     what they were, how, and how near, as it was then; "" for any other.
     """
@@ -43,6 +44,7 @@ class AdapterStatus:
     dtypes: tuple[str, ...]
     devices: tuple[str, ...]
     made_of: str = ""
+    beside: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ class Status:
 
     live: as `activate` has it, None for the base alone. here: what the calling thread chose instead
     by `using`, or by `route` with the number of samples; None if nothing. merged: whether what is
-    live is in the weights.
+    live is in the weights. beside: at how many sites of it something runs all the same.
     frozen: whether what depends on parameters alone was computed once, for inference. training:
     whether the model is in training mode. base, base_bytes: the numbers of the base's parameters,
     tied ones counted once, and their memory. findings: warnings, of what does not agree.
@@ -66,6 +68,7 @@ class Status:
     base: int
     base_bytes: int
     findings: tuple[Diagnostic, ...]
+    beside: int = 0
 
     @property
     def trainable(self) -> tuple[str, ...]:
@@ -115,6 +118,7 @@ def status(model: nn.Module) -> Status:
         base,
         base_bytes,
         tuple(_findings(model, state, every)),
+        len(state.beside),
     )
 
 
@@ -150,7 +154,14 @@ def _adapter(state: State, adapter: Adapter, every: Sequence[Owned]) -> AdapterS
         _each(every, lambda one: str(one.dtype).removeprefix("torch.")),
         _each(every, lambda one: str(one.device)),
         "" if adapter.composition is None else adapter.composition.summary,
+        len(_beside(state, adapter.name)),
     )
+
+
+def _beside(state: State, adapter: str) -> set[str]:
+    """The paths at which an adapter runs while others of what is live are in the weights."""
+    sites = (one for site in state.beside for one in sources_of(site))
+    return {one.path for one in sites if one.adapter == adapter}
 
 
 def _count(every: Iterable[Owned]) -> int:
@@ -218,7 +229,7 @@ def _parted(name: str, every: Sequence[Owned]) -> Iterator[Diagnostic]:
         yield _warning("E458", f"{message}, which is frozen", hint)
 
 
-def _more(some: Sequence[object]) -> str:
+def _more(some: Sized) -> str:
     return f" and {len(some) - 1} more" * (len(some) > 1)
 
 
@@ -233,8 +244,12 @@ def _untrained(state: State, name: str, every: Sequence[Owned]) -> Iterator[Diag
     if learns and not live:
         message = f"`{name}` is trained and not live: no gradient reaches it"
         yield _warning("E455", message, f"compiled.activate({name!r}), or train_only(…) others")
-    if learns and live and state.is_merged:
-        message = f"`{name}` is trained and merged: no gradient reaches it"
+    beside = _beside(state, name)
+    stuck = [one for one in every if one.parameter.trained and one.value.requires_grad]
+    stuck = [one for one in stuck if one.site.path not in beside]
+    if stuck and live and state.is_merged:
+        where = f" at `{stuck[0].site.path}`{_more({o.site.path for o in stuck})}" if beside else ""
+        message = f"`{name}` is trained and merged{where}: no gradient reaches it"
         yield _warning("E459", message, "compiled.inverse.unmerge() before it is trained")
 
 
@@ -248,12 +263,11 @@ def _base(model: nn.Module) -> Iterator[Diagnostic]:
 
 
 def _merges(state: State) -> Iterator[Diagnostic]:
-    """E457 where some sites of what is merged are in the weights, and others run."""
-    sites: tuple[PlannedSite, ...] = state.sites if state.is_merged else ()
-    apart = [site for site in sites if site.path not in state.merged]
-    if apart:
+    """E457 where some sites of what is merged are in the weights, and quantised ones run."""
+    apart, count = state.beside, len(state.sites)
+    if apart and not state.options.partial:  # of which it was said
         message = (
-            f"`{state.live}` is merged at {len(sites) - len(apart)} of {len(sites)} sites; "
+            f"`{state.live}` is merged at {count - len(apart)} of {count} sites; "
             f"`{apart[0].path}`{_more(apart)} runs beside the weight"
         )
         yield _warning("E457", message, "merge(quantized='dequantize') merges quantised sites too")
@@ -267,6 +281,8 @@ def _lines(told: Status) -> Iterator[str]:
     yield from aligned([header, *map(_row, told.adapters)])
     yield ""
     merged = ", merged into the weights" if told.merged else ""
+    if told.beside:
+        merged += f", but for what runs at {told.beside} site{'s' * (told.beside > 1)}"
     frozen = ", frozen for inference" if told.frozen else ""
     mode = "training" if told.training else "evaluation"
     yield f"live: {told.live or 'none, the base alone'}{merged}{frozen}; {mode} mode"
@@ -285,7 +301,10 @@ def _lines(told: Status) -> Iterator[str]:
 def _row(one: AdapterStatus) -> list[str]:
     states = [
         *(["live"] * one.live),
-        *(["merged"] * one.merged),
+        *(
+            [f"merged {one.sites - one.beside}/{one.sites}" if one.beside else "merged"]
+            * one.merged
+        ),
         "frozen" if not one.learning else "trained" if one.learning == one.trained else "partly",
     ]
     return [

@@ -49,6 +49,13 @@ QuantizedOption = Annotated[
     Literal["dequantize", "requantize", "separate"] | None,
     typer.Option("--quantized", help="What becomes of weights of 4 or 8 bits; see the docs."),
 ]
+PartialOption = Annotated[
+    bool,
+    typer.Option(
+        "--partial",
+        help="Leave what cannot merge as an adapter in OUT/unmerged; merge the rest.",
+    ),
+]
 ErrorOption = Annotated[
     float | None,
     typer.Option(
@@ -78,6 +85,7 @@ def merge(
     seed: SeedOption = 0,
     dtype: DtypeOption = None,
     quantized: QuantizedOption = None,
+    partial: PartialOption = False,
     max_rel_err: ErrorOption = None,
     allow_nonfinite: NonfiniteOption = False,
     workers: WorkersOption = None,
@@ -94,7 +102,9 @@ def merge(
 
         at_once = WORKERS if workers is None else workers
         if output is None or dry_run:
-            plan = plan_files(adapters, model, quantized=quantized, workers=at_once)
+            plan = plan_files(
+                adapters, model, quantized=quantized, partial=partial, workers=at_once
+            )
             result.text, result.data = str(plan), plan.as_json()
             return
         made = merge_files(
@@ -106,6 +116,7 @@ def merge(
             seed=seed,
             dtype=_dtype(dtype),
             quantized=quantized,
+            partial=partial,
             max_rel_err=max_rel_err,
             allow_nonfinite=allow_nonfinite,
             workers=at_once,

@@ -59,14 +59,22 @@ def module_of(model: Compiled | nn.Module) -> nn.Module:
 
 @dataclass(frozen=True, slots=True)
 class SavedBase:
-    """What `save_base` wrote. merged: what is in the weights, as `0.7*a + b`; "" for the base."""
+    """What `save_base` wrote.
+
+    merged: what is in the weights, as `0.7*a + b`; "" for the base. beside: at how many of its
+    sites it is in no weight, and so not in the files.
+    """
 
     files: tuple[Path, ...]
     merged: str
+    beside: int = 0
 
     def __str__(self) -> str:
         """In words."""
-        return f"the base with `{self.merged}` merged into it" if self.merged else "the base"
+        if not self.merged:
+            return "the base"
+        but = f", but for what runs at {self.beside} of its sites" if self.beside else ""
+        return f"the base with `{self.merged}` merged into it{but}"
 
 
 def save_base(model: Compiled | nn.Module, directory: str | Path, **options: object) -> SavedBase:
@@ -96,7 +104,9 @@ def save_base(model: Compiled | nn.Module, directory: str | Path, **options: obj
         stale = () if "variant" in options else _weights_in(directory)
         files = moved_in(staged, directory, stale)
     state = state_of(module)
-    return SavedBase(files, str(state.live) if state is not None and state.is_merged else "")
+    if state is None or not state.is_merged:
+        return SavedBase(files, "")
+    return SavedBase(files, str(state.live), len(state.beside))
 
 
 @contextmanager

@@ -502,6 +502,24 @@ def test_only_what_is_not_quantised_is_merged() -> None:
     assert torch.equal(model(X), live)
 
 
+@pytest.mark.parametrize("how", ["dequantize", "requantize", "separate"])
+def test_what_can_merge_is_merged_and_what_cannot_runs_on(how: Any) -> None:
+    model = mixed()
+    model.down = nn.Linear(160, 96)
+    spec = "match * apply lora(r=3)\nmatch up apply bottleneck(r=2)"
+    compiled = surgery.compile(spec, model)
+    moved(compiled)
+    live, before = model(X).detach(), bits(model)
+    report = compiled.inverse.merge(quantized=how, partial=True)
+    assert not any(site.path.endswith("call") for site in report.sites)
+    assert compiled.status().beside == len(compiled.plan.sites) - len(report.sites)
+    if how != "requantize":
+        close(model(X).detach(), live)
+    compiled.inverse.unmerge()
+    assert bits(model) == before
+    assert torch.equal(model(X), live)
+
+
 @pytest.mark.parametrize(
     ("how", "code"),
     [("", "E424"), ("float", "E424"), ("dequantize", "E425"), ("requantize", "E425")],
