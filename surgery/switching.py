@@ -93,6 +93,8 @@ def mount_sites(model: nn.Module, state: State, sites: Sequence[PlannedSite], te
     """Let some sites run while something is live of that text."""
     if not sites:
         return
+    if any(site.form.places for site in sites):  # also after a merge, which took off all that was
+        mount.place(model, state.switch)
     paths = {id(site.site.module): site.site.owner for site in sites}
     modules = lower.by_module(sites, state.plans)
     mount.mount_all(model, modules, text, state.switch, paths)

@@ -238,6 +238,21 @@ def test_what_says_no_places_is_refused(spec: str, code: str) -> None:
     refused(code, lambda: surgery.compile(spec, language_model()))
 
 
+def test_a_merge_and_its_undo_leave_the_places() -> None:
+    model = language_model()
+    compiled = surgery.compile(
+        "adapter a { match q_proj apply lora(r=2) at first(2) match v_proj apply lora(r=2) }", model
+    )
+    moved(compiled)
+    expected = ran(model, tokens())
+    compiled.inverse.merge(partial=True)
+    assert torch.allclose(ran(model, tokens()), expected, atol=1e-5)
+    compiled.inverse.unmerge()
+    assert torch.equal(ran(model, tokens()), expected)
+    compiled.inverse.unload()
+    assert not any("_surgery_runs" in vars(m) for m in model.modules())
+
+
 def test_a_convolution_reads_no_tokens() -> None:
     refused(
         "E305",
