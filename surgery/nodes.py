@@ -166,7 +166,8 @@ class GraphPort:
         if changed and self.mixed and self.form != "indices":
             x = self.like(x)
         if part is None:
-            self.output = self.layer.base(x) if changed else self.layer.output
+            given = x is self.layer.input  # and not what is left of it after drop(p)
+            self.output = self.layer.output if given else self.layer.base(x)
             return kind.features_last(self.output)
         if not changed:
             self.output = self.layer.output

@@ -235,6 +235,7 @@ CASES: dict[str, Case] = {
     "scale_rows": two(make("scale_rows", V, A), lambda v, a: torch.diag(v) @ a),
     "scale_cols": two(make("scale_cols", ROW, A), lambda v, a: a @ torch.diag(v)),
     "scale": two(node("scale", (U, p("X", 4, IN)), (size(4), IN)), lambda u, x: x * u),
+    "shift": two(node("shift", (U, p("X", 4, IN)), (size(4), IN)), lambda u, x: x + u),
     "channelwise": one(
         make("channelwise", p("L", CHANNELS)),
         lambda v: v.repeat_interleave(3),

@@ -77,7 +77,7 @@ def near(one: Tensor, other: Tensor, dtype: torch.dtype = torch.float32) -> bool
     st.sampled_from([*TOLERANCES]),
     st.sampled_from(["exact", "none"]),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_what_can_merge_is_in_the_weights_and_the_rest_runs(
     which: tuple[int, int], dtype: torch.dtype, undo: Any
 ) -> None:
